@@ -1,0 +1,27 @@
+"""The ops of PPO for language models, on packed tokens; `fastppo_kernels.reference` defines each in plain PyTorch.
+
+Depends on torch alone: never on fastppo or transformers.
+"""
+
+from fastppo_kernels.gae import gae, token_rewards
+from fastppo_kernels.logprobs import logits_token_logprobs, token_logprobs
+from fastppo_kernels.ppo import linear_ppo_loss, logits_ppo_loss, ppo_loss
+from fastppo_kernels.sample import sample
+from fastppo_kernels.stats import merge_stats
+from fastppo_kernels.value import linear_value_loss, value_loss
+from fastppo_kernels.whiten import whiten
+
+__all__ = [
+    "gae",
+    "linear_ppo_loss",
+    "linear_value_loss",
+    "logits_ppo_loss",
+    "logits_token_logprobs",
+    "merge_stats",
+    "ppo_loss",
+    "sample",
+    "token_logprobs",
+    "token_rewards",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,66 @@
+"""Argument checks shared by the ops: shapes and dtypes only, so they never wait for the device."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless every given tensor is float16, bfloat16, float32 or float64."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
+
+
+def check_shape(shape: tuple[int, ...], letters: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every given tensor has `shape`, which `letters` spells for the message."""
+    for name, x in tensors.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {letters} = {shape}, got {tuple(x.shape)}")
+
+
+def check_rows(num_rows: int, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every given tensor is a floating-point vector of `num_rows` rows."""
+    check_float(**tensors)
+    check_shape((num_rows,), "(R,)", **tensors)
+
+
+def check_targets(targets: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless `targets` is (R,) int64."""
+    check_shape((num_rows,), "(R,)", targets=targets)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}; convert them with .long()")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise ValueError unless `logits` is a floating-point (R, V) matrix with V >= 1."""
+    check_float(logits=logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (R, V) with V >= 1, got {tuple(logits.shape)}; flatten leading axes first")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
+    """Raise ValueError unless hidden (R, H), weight (V, H) and bias (V,) fit together."""
+    check_float(hidden=hidden, weight=weight, bias=bias)
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            "hidden must be (R, H) and weight (V, H) with V >= 1, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}; flatten hidden with .flatten(0, -2)"
+        )
+    check_shape((weight.shape[0],), "(V,)", bias=bias)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be >= 1 row, got {chunk_size}; pass None for the default")
+
+
+def check_packed(cu_seqlens: Tensor, num_tokens: int, mask: Tensor | None) -> int:
+    """Raise ValueError unless cu_seqlens is (B+1,) int32 and mask (N,) bool; returns B."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "
+            "it starts at 0 and ends at N"
+        )
+    check_shape((num_tokens,), "(N,)", mask=mask)
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}; write `mask != 0`")
+    return cu_seqlens.shape[0] - 1

@@ -1,0 +1,113 @@
+"""Rewards of tokens and generalized advantage estimation on packed sequences (arXiv:1506.02438).
+
+    delta_t = r_t + gamma * V_next(t) - V_t
+    A_t     = delta_t + gamma * lam * A_next(t)          (eq. 16)
+    R_t     = A_t + V_t
+
+next(t) is the next action of the same sequence: tokens that are not actions (tool output) are no steps.
+"""
+
+import torch
+from torch import Tensor
+
+from fastppo_kernels import checks, native, reference
+from fastppo_kernels.backend import choose_backend
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of B packed sequences; no gradient.
+
+    Args:
+        rewards: (N,) float, reward of each token. What stands at a token that is no action is ignored.
+        values: (N,) float, value of the state before each token.
+        cu_seqlens: (B+1,) int32, from 0 to N; sequences of length 0 are legal.
+        gamma: discount per action, in [0, 1].
+        lam: GAE lambda, in [0, 1]; 0 is one-step TD, 1 Monte Carlo.
+        mask: (N,) bool, True where the token is an action; None: everywhere.
+        bootstrap_values: (B,) float, value after the last action of each sequence: 0 where the sequence ended,
+            the critic's value where it was cut off. None: all 0.
+        backend: "native" (CPU, float32) or "reference"; None lets `choose_backend` decide.
+
+    Returns:
+        (advantages, returns), both (N,) float32 (float64 if an input is) and 0 where `mask` is False.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, gamma or lam lies outside [0, 1], or (native)
+            cu_seqlens does not rise from 0 or more to N at most.
+    """
+    checks.check_rows(rewards.shape[0] if rewards.ndim else -1, rewards=rewards)
+    checks.check_rows(rewards.shape[0], values=values)
+    num_sequences = checks.check_packed(cu_seqlens, rewards.shape[0], mask)
+    checks.check_float(bootstrap_values=bootstrap_values)
+    checks.check_shape((num_sequences,), "(B,)", bootstrap_values=bootstrap_values)
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        if not 0.0 <= x <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {x}; the usual values are gamma = 1 and lam = 0.95")
+    given = [x for x in (rewards, values, bootstrap_values) if x is not None]
+    fits = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in given)
+    run = native.gae if choose_backend("gae", backend, native=fits) == "native" else reference.gae
+    with torch.no_grad():
+        return run(rewards, values, cu_seqlens, gamma=gamma, lam=lam, mask=mask, bootstrap_values=bootstrap_values)
+
+
+def token_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Reward of each token: the score at the last action, minus kl_coef * KL estimate at every action; no gradient.
+
+    Args:
+        scores: (B,) float, one per sequence, credited to its last action; or (N,) float, one per token, of which
+            those at tokens that are no actions are ignored. B == N is read as (N,), which is the same thing as long as
+            every sequence has one token.
+        logprobs: (N,) float, under the policy that sampled the tokens, in nats. Ignored where there is no action.
+        ref_logprobs: (N,) float, under the reference policy; None only with kl_coef = 0.
+        cu_seqlens: (B+1,) int32, from 0 to N.
+        kl_coef: weight of the penalty; >= 0.
+        kl_estimator: k1, k2 or k3. k1, the default, makes the reward's gradient that of KL(policy || reference).
+        mask: (N,) bool, True where the token is an action; None: everywhere.
+
+    Returns:
+        (N,) float32 (float64 if scores or logprobs are), 0 where there is no action.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or B == N although some
+            sequence does not have one token, so that the scores can be read in two ways.
+    """
+    checks.check_rows(logprobs.shape[0] if logprobs.ndim else -1, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.check_float(scores=scores)
+    num_tokens = logprobs.shape[0]
+    num_sequences = checks.check_packed(cu_seqlens, num_tokens, mask)
+    if scores.ndim != 1 or scores.shape[0] not in (num_sequences, num_tokens):
+        raise ValueError(
+            f"scores must be (B,) = ({num_sequences},) or (N,) = ({num_tokens},), got {tuple(scores.shape)}"
+        )
+    if num_sequences == num_tokens and not bool((cu_seqlens.diff() == 1).all()):
+        raise ValueError(
+            f"scores of shape (B,) = (N,) = ({num_tokens},) can be per sequence or per token when sequences have "
+            "other lengths than 1; drop the sequences of length 0"
+        )
+    if not kl_coef >= 0.0 or (kl_coef and ref_logprobs is None):
+        raise ValueError(f"kl_coef must be >= 0, and 0 if ref_logprobs is None, got {kl_coef}")
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl_estimator must be k1, k2 or k3, got {kl_estimator!r}; a reward has no gradient")
+    with torch.no_grad():
+        return reference.token_rewards(
+            scores, logprobs, ref_logprobs, cu_seqlens, kl_coef=kl_coef, kl_estimator=kl_estimator, mask=mask
+        )

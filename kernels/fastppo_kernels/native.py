@@ -1,0 +1,80 @@
+"""Finds and loads `libfastppo_native.so`, the C++ part built by CMakeLists.txt, and calls it; CPU tensors only."""
+
+import ctypes
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY_NAME = "libfastppo_native.so"
+ABI_VERSION = 1
+_POINTER, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+def library_path() -> Path:
+    """Path of the shared library.
+
+    In an editable install the library lies in site-packages while this file lies in the source tree, so
+    `Path(__file__).parent` does not find it; `importlib.resources` searches both.
+
+    Raises:
+        FileNotFoundError: the C++ part was not built, with the command that builds it.
+    """
+    path = Path(str(files("fastppo_kernels") / LIBRARY_NAME))
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: build it with `pip install --no-build-isolation --no-deps -e .`, "
+            "or run without it by setting FASTPPO_BACKEND=reference"
+        )
+    return path
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, loaded once per process.
+
+    Raises:
+        FileNotFoundError: it was not built.
+        RuntimeError: it was built from other sources than this file.
+    """
+    library = ctypes.CDLL(str(library_path()))
+    if (version := library.fastppo_abi_version()) != ABI_VERSION:
+        raise RuntimeError(
+            f"{library_path()} has ABI version {version}, this package needs {ABI_VERSION}: "
+            "rebuild it with `pip install --no-build-isolation --no-deps -e .`"
+        )
+    library.fastppo_gae.argtypes = [_INT64, _INT64, *[_POINTER] * 5, _DOUBLE, _DOUBLE, *[_POINTER] * 2]
+    library.fastppo_gae.restype = ctypes.c_int
+    return library
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    mask: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), (N,) float32, accumulated in float64. See `fastppo_kernels.gae`.
+
+    Raises:
+        ValueError: cu_seqlens does not rise from 0 or more to N at most.
+    """
+    given = (rewards, values, cu_seqlens.cpu(), mask, bootstrap_values)
+    inputs = [None if x is None else x.contiguous() for x in given]
+    advantages = torch.zeros(rewards.shape[0], dtype=torch.float32)
+    returns = torch.zeros_like(advantages)
+    pointers = [None if x is None else x.data_ptr() for x in inputs]
+    outputs = (advantages.data_ptr(), returns.data_ptr())
+    num_sequences, num_tokens = cu_seqlens.shape[0] - 1, rewards.shape[0]
+    if load().fastppo_gae(num_sequences, num_tokens, *pointers, gamma, lam, *outputs):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 or more to at most N = {num_tokens}, got {cu_seqlens.tolist()[:8]}...; "
+            "pass the cumulative lengths of the sequences"
+        )
+    return advantages, returns

@@ -1,0 +1,242 @@
+"""The clipped PPO objective from log-probs, from logits, or from hidden states and the LM head.
+
+    loss = sum_i weights_i * (policy_i + kl_coef * KL_i + old_kl_coef * (r_i - 1 - log r_i) - entropy_coef * H_i)
+
+`reference.ppo_token_terms` defines the per-token terms, and all three functions evaluate that one definition. The
+weights hold the normalisation (one over the tokens of the whole minibatch, or any other aggregation), so how rows are
+split into micro-batches cannot change the objective.
+"""
+
+import torch
+from torch import Tensor
+
+from fastppo_kernels import checks, reference
+from fastppo_kernels.backend import choose_backend
+from fastppo_kernels.ppo_autograd import LinearPPO, LogitsPPO
+from fastppo_kernels.reference import PPORows
+from fastppo_kernels.settings import HeadSettings, PPOSettings
+from fastppo_kernels.stats import Stats
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    is_weights: Tensor | None = None,
+    old_kl_coef: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Stats]:
+    """The PPO loss of R tokens and its statistics; differentiable in logprobs and entropy, all else is constant.
+
+    Args:
+        logprobs: (R,) float, log-prob of each token under the policy being trained, in nats.
+        old_logprobs: (R,) float, under the policy that PPO clips against. None means the policy being trained itself:
+            the ratio is exactly 1 and its gradient that of the log-prob.
+        advantages: (R,) float.
+        weights: (R,) float. A row of weight 0 contributes nothing, not even a NaN.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; math.inf switches a side off.
+        dual_clip: c > 1 bounds the loss of a negative advantage at -c * advantage (arXiv:1912.09729); None: no bound.
+        ref_logprobs: (R,) float, under the reference policy; needed if kl_coef > 0, else only for the statistics.
+        kl_coef: weight of the penalty on KL(policy || reference) estimated by `kl_estimator`.
+        kl_estimator: k1, k2, k3, or k1+ and k3+ (that value with the gradient of k2). As a loss only k2 and the "+"
+            forms have the gradient of KL(policy || reference).
+        entropy: (R,) float, in nats; needed if entropy_coef != 0.
+        entropy_coef: weight of the entropy bonus.
+        is_weights: (R,) float, multiplies the surrogate only, e.g. the truncated importance weight between the
+            sampler's and the old policy. Constant.
+        old_kl_coef: weight of r - 1 - log r, unbiased for KL(old || policy) (arXiv:1707.06347, eq. 8).
+        backend: "reference"; None lets `choose_backend` decide.
+
+    Returns:
+        loss: () float32, float64 for float64 logprobs.
+        stats: 0-d float64 tensors over the rows with a weight, additive (see `merge_stats`):
+            token_count, policy_loss_sum and kl_loss_sum (weighted, with their coefficients), clip_count = clip_low_count
+            + clip_high_count (the clipped branch is strictly larger), dual_clip_count, ratio_sum, ratio_sq_sum,
+            ratio_max, old_k1_sum, old_k2_sum, old_k3_sum (of KL(old || policy)), logprob_sum, entropy_sum if the
+            entropy is known, ref_k1_sum, ref_k2_sum, ref_k3_sum if ref_logprobs is given.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or a term lacks its input.
+    """
+    settings = PPOSettings(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        old_kl_coef=old_kl_coef,
+    )
+    checks.check_rows(logprobs.shape[0] if logprobs.ndim else -1, logprobs=logprobs, entropy=entropy)
+    rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    _check_rows(rows, logprobs.shape[0], settings)
+    if settings.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef = {entropy_coef} needs entropy; take it from token_logprobs(return_entropy=True)")
+    choose_backend("ppo_loss", backend)
+    return reference.ppo_loss(logprobs, rows, settings, entropy)
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    is_weights: Tensor | None = None,
+    old_kl_coef: float = 0.0,
+    with_entropy: bool = False,
+    inplace: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Stats]:
+    """`ppo_loss` from logits: differentiable in the logits, their gradient made along with the loss.
+
+    Args:
+        logits: (R, V) float, before temperature and soft-cap. Columns at -inf are outside the vocabulary.
+        targets: (R,) int64 in [0, V); anything where the weight is 0.
+        temperature, softcap: as in `token_logprobs`.
+        with_entropy: put entropy_sum into the statistics though entropy_coef is 0.
+        inplace: when a gradient is wanted, write it over the logits, whose values are gone after this call; backward
+            can then run once. Without a gradient the logits are not touched.
+        All others: as in `ppo_loss`.
+
+    Returns:
+        (loss, stats) as in `ppo_loss`. The gradient has the dtype of the logits.
+
+    Raises:
+        ValueError: as in `ppo_loss`, or `inplace` on a leaf that requires grad, which is not this op's to overwrite.
+    """
+    settings = PPOSettings(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        old_kl_coef=old_kl_coef,
+    )
+    checks.check_logits(logits)
+    checks.check_targets(targets, logits.shape[0])
+    rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    _check_rows(rows, logits.shape[0], settings)
+    grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and grad and logits.is_leaf:
+        raise ValueError("logits is a leaf that requires grad, got inplace=True; pass inplace=False to keep its values")
+    choose_backend("logits_ppo_loss", backend)
+    head = HeadSettings(temperature=temperature, softcap=softcap)
+    options = {"inplace": inplace, "grad": grad, "entropy": with_entropy or entropy_coef != 0.0}
+    loss, logprobs, entropy = LogitsPPO.apply(logits, targets, rows, settings, head, options)
+    return loss, _stats(logprobs, rows, settings, entropy if options["entropy"] else None)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    is_weights: Tensor | None = None,
+    old_kl_coef: float = 0.0,
+    with_entropy: bool = False,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> tuple[Tensor, Stats]:
+    """`ppo_loss` from hidden states and the LM head: differentiable in hidden, weight and bias.
+
+    The gradient is made along with the loss, one chunk of logits at a time; without a gradient only the loss is made.
+    On the CPU rows of weight 0 never enter a product. Gradients are accumulated in float32 and have their input's dtype.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, chunk_size: as in `token_logprobs`. Targets of rows of
+            weight 0 may be anything.
+        with_entropy: put entropy_sum into the statistics though entropy_coef is 0.
+        logits_dtype: what the logits are rounded to before the row maths: float32, or the dtype of `hidden`, which
+            costs accuracy of the ratio (6 % at worst in bfloat16).
+        All others: as in `ppo_loss`.
+
+    Returns:
+        (loss, stats) as in `ppo_loss`.
+
+    Raises:
+        ValueError: as in `ppo_loss` and `token_logprobs`.
+    """
+    settings = PPOSettings(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        old_kl_coef=old_kl_coef,
+    )
+    checks.check_head(hidden, weight, bias, chunk_size)
+    checks.check_targets(targets, hidden.shape[0])
+    rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    _check_rows(rows, hidden.shape[0], settings)
+    if logits_dtype not in (torch.float32, hidden.dtype):
+        raise ValueError(f"logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {logits_dtype}")
+    choose_backend("linear_ppo_loss", backend)
+    head = HeadSettings(temperature=temperature, softcap=softcap)
+    options = {
+        "chunk_size": chunk_size,
+        "logits_dtype": logits_dtype,
+        "entropy": with_entropy or entropy_coef != 0.0,
+        "grad": torch.is_grad_enabled(),
+    }
+    hidden, targets, rows = _drop_dead_rows(hidden, targets, rows)
+    loss, logprobs, entropy = LinearPPO.apply(hidden, weight, bias, targets, rows, settings, head, options)
+    return loss, _stats(logprobs, rows, settings, entropy if options["entropy"] else None)
+
+
+def _check_rows(rows: PPORows, num_rows: int, settings: PPOSettings) -> None:
+    checks.check_rows(num_rows, **rows._asdict())
+    if settings.kl_coef and rows.ref_logprobs is None:
+        raise ValueError(f"kl_coef = {settings.kl_coef} needs ref_logprobs, got None; pass them or set kl_coef = 0")
+
+
+def _stats(logprobs: Tensor, rows: PPORows, settings: PPOSettings, entropy: Tensor | None) -> Stats:
+    with torch.no_grad():
+        return reference.ppo_loss(logprobs, rows, settings, entropy)[1]
+
+
+def _drop_dead_rows(hidden: Tensor, targets: Tensor, rows: PPORows) -> tuple[Tensor, Tensor, PPORows]:
+    """Without the rows of weight 0 on the CPU; on a GPU, where their number is not known, with zeros in their place."""
+    live = rows.weights != 0
+    if hidden.device.type != "cpu":
+        return torch.where(live[:, None], hidden, 0), torch.where(live, targets, 0), rows
+    if bool(live.all()):
+        return hidden, targets, rows
+    index = live.nonzero().squeeze(1)
+    return hidden[index], targets[index], rows.take(index)
