@@ -1,0 +1,173 @@
+"""From scores to advantages: score shaping, per-token rewards, GAE and the critic-free estimators, KL controllers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastppo import distributed
+from fastppo.aggregate import sequence_index, sequence_sums
+from fastppo.checks import require
+from fastppo.config import AdvantageEstimator, PPOConfig
+from fastppo_kernels import gae, token_rewards, whiten
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of everything seen so far (Chan et al. 1979), over all ranks."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    sum_sq: float = 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Merge a batch in."""
+        n = float(distributed.sum_over_ranks(x.new_tensor(float(x.numel()), dtype=torch.float64)))
+        mean = float(distributed.sum_over_ranks(x.double().sum())) / n
+        sum_sq = float(distributed.sum_over_ranks((x.double() - mean).square().sum()))
+        delta, total = mean - self.mean, self.count + n
+        self.sum_sq += sum_sq + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation; 1 before two different values were seen."""
+        return (self.sum_sq / self.count) ** 0.5 if self.sum_sq > 0 else 1.0
+
+
+@dataclass
+class KLController:
+    """The coefficient of the KL to the reference: fixed, or steered to a target (arXiv:1909.08593, section 2.2)."""
+
+    coef: float
+    target: float | None = None
+    horizon: int = 10000
+
+    def update(self, kl: float, num_sequences: int) -> None:
+        """
+        Args:
+            kl: mean of the last rollout, nats per response.
+            num_sequences: responses it was taken over.
+        """
+        if self.target is not None:
+            error = max(-0.2, min(0.2, kl / self.target - 1))
+            self.coef *= 1 + error * num_sequences / self.horizon
+
+
+@dataclass
+class PenaltyController:
+    """Coefficient of KL(old || new) in the kl-penalty objective (Schulman et al. 2017, section 4)."""
+
+    coef: float
+    target: float
+
+    def update(self, kl: float) -> None:
+        """`kl`: mean per token after the update, nats."""
+        if kl > 1.5 * self.target:
+            self.coef *= 2
+        elif kl < self.target / 1.5:
+            self.coef /= 2
+
+
+def shape_scores(scores: Tensor, truncated: Tensor, config: PPOConfig, moments: RunningMoments) -> Tensor:
+    """Normalise, clip and, for cut responses, replace scores. (B,) -> (B,).
+
+    The penalty replaces the score (N+ "EOS trick"): a cut response earns exactly `missing_eos_score`.
+    """
+    if config.normalize_scores:
+        moments.update(scores)
+        scores = (scores - moments.mean) / (moments.std + 1e-8)
+    if config.clip_scores is not None:
+        scores = scores.clamp(-config.clip_scores, config.clip_scores)
+    if config.truncation == "penalty":
+        scores = torch.where(truncated, config.missing_eos_score, scores)
+    return scores
+
+
+def shape_rewards(
+    scores: Tensor, token_scores: Tensor | None, logprobs: Tensor | None, ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor, kl_coef: float, config: PPOConfig,
+) -> Tensor:  # fmt: skip
+    """Reward of every action, (R,): the score on the last one, token scores, and -kl_coef * KL where it is in the reward."""
+    num_actions = int(cu_seqlens[-1])
+    nothing = torch.zeros(num_actions, device=scores.device)
+    in_reward = config.kl_in == "reward" and logprobs is not None and ref_logprobs is not None
+    rewards = token_rewards(
+        scores,
+        logprobs if in_reward else nothing,
+        ref_logprobs if in_reward else nothing,
+        cu_seqlens,
+        kl_coef=kl_coef if in_reward else 0.0,
+        kl_estimator=config.kl_estimator if in_reward else "k1",
+    )
+    rewards = rewards if token_scores is None else rewards + token_scores
+    return whiten(rewards, shift_mean=False, group=distributed.group()) if config.whiten_rewards else rewards
+
+
+def estimate(
+    rewards: Tensor, values: Tensor | None, last_values: Tensor | None, cu_seqlens: Tensor,
+    group_ids: Tensor, truncated: Tensor, mask: Tensor, config: PPOConfig,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Advantages (R,), and returns (R,) when there is a critic. Returns use the advantages before whitening."""
+    if config.advantage == "gae":
+        require(values is not None and last_values is not None, "advantage 'gae' needs values: give the engine a critic")
+        assert values is not None and last_values is not None
+        bootstrap = torch.where(truncated, last_values, 0.0) if config.truncation == "bootstrap" else None
+        advantages, returns = gae(
+            rewards, values, cu_seqlens, gamma=config.gamma, lam=config.lam, bootstrap_values=bootstrap
+        )
+    else:
+        advantages, returns = ESTIMATORS[config.advantage](rewards, cu_seqlens, group_ids, config.gamma), None
+    whitened = config.whiten_advantages and config.advantage in ("gae", "reinforce++")
+    return whiten(advantages, mask, group=distributed.group()) if whitened else advantages, returns
+
+
+def _group_moments(returns: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Group place (B,), and count, sum and squared deviation of each group."""
+    _, group = group_ids.unique(return_inverse=True)
+    zeros = returns.new_zeros(int(group.max()) + 1)
+    count = zeros.index_add(0, group, torch.ones_like(returns))
+    require(
+        bool((count > 1).all()), "group advantages compare samples of one prompt, but a prompt has one sample; draw >= 2"
+    )
+    total = zeros.index_add(0, group, returns)
+    deviation = zeros.index_add(0, group, (returns - (total / count)[group]).square())
+    return group, count, total, deviation
+
+
+def _grpo(rewards: Tensor, cu_seqlens: Tensor, group_ids: Tensor, gamma: float) -> Tensor:
+    """(R_i - mean) / (std + 1e-6) over the samples of a prompt, std with n - 1 (arXiv:2402.03300)."""
+    returns = sequence_sums(rewards, cu_seqlens)
+    group, count, total, deviation = _group_moments(returns, group_ids)
+    std = (deviation / (count - 1)).sqrt()
+    return ((returns - (total / count)[group]) / (std[group] + 1e-6))[sequence_index(cu_seqlens)]
+
+
+def _dr_grpo(rewards: Tensor, cu_seqlens: Tensor, group_ids: Tensor, gamma: float) -> Tensor:
+    """R_i - mean over the samples of a prompt (arXiv:2503.20783)."""
+    returns = sequence_sums(rewards, cu_seqlens)
+    group, count, total, _ = _group_moments(returns, group_ids)
+    return (returns - (total / count)[group])[sequence_index(cu_seqlens)]
+
+
+def _rloo(rewards: Tensor, cu_seqlens: Tensor, group_ids: Tensor, gamma: float) -> Tensor:
+    """R_i - mean of the other samples of the prompt (arXiv:2402.14740)."""
+    returns = sequence_sums(rewards, cu_seqlens)
+    group, count, total, _ = _group_moments(returns, group_ids)
+    return (returns - (total[group] - returns) / (count[group] - 1))[sequence_index(cu_seqlens)]
+
+
+def _reinforce_plus_plus(rewards: Tensor, cu_seqlens: Tensor, group_ids: Tensor, gamma: float) -> Tensor:
+    """Discounted reward to go of every action, whitened over the batch by the caller (arXiv:2501.03262)."""
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), cu_seqlens, gamma=gamma, lam=1.0)
+    return advantages
+
+
+ESTIMATORS: dict[AdvantageEstimator, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "rloo": _rloo,
+    "reinforce++": _reinforce_plus_plus,
+}

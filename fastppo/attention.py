@@ -1,0 +1,188 @@
+"""Packed attention: all sequences of a micro-batch in one row, no padding, and never a dense (N, N) mask.
+
+Registered with transformers' attention interface under the name `fastppo_packed`. The dispatch is one line of `backend()`:
+the `flash_attn` package when installed, else PyTorch's own varlen FlashAttention, both for half precision on CUDA; everything
+else (CPU, float32, a soft-cap without flash_attn) runs SDPA on sequences of like length, padded to the longest of them.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from fastppo.batch import cumulative
+
+PACKED = "fastppo_packed"
+Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of like length: (b, T) positions among the N packed tokens, the tail of a short row repeating its last one."""
+
+    index: Tensor  # (b, T) int64
+    valid: Tensor | None  # (b * T,) int64 flat places that are real tokens; None when all are
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a packed row begin and end, made once per micro-batch and shared by all layers."""
+
+    cu_seqlens: Tensor  # (b + 1,) int32
+    max_seqlen: int
+    buckets: tuple[Bucket, ...]
+    inverse: Tensor | None  # (N,) int64, from bucket order back to packed order; None when they agree
+
+
+def plan(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+    """Plan packed attention for sequences of the given lengths (each >= 1). Buckets hold lengths of one power of two."""
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
+    bucket_of = (sizes - 1).clamp(min=1).log2().floor()
+    if sizes.max() <= 2 * sizes.min():  # near enough: one call beats less padding
+        bucket_of.zero_()
+    buckets, order = [], []
+    for key in bucket_of.unique():
+        member = (bucket_of == key).nonzero().squeeze(1)
+        column = torch.arange(int(sizes[member].max()))
+        index = starts[member, None] + torch.minimum(column, sizes[member, None] - 1)
+        real = (column < sizes[member, None]).flatten()
+        order.append(index.flatten()[real])
+        valid = None if bool(real.all()) else real.nonzero().squeeze(1).to(device)
+        buckets.append(Bucket(index.to(device), valid))
+    order = torch.cat(order)
+    in_order = bool((order == torch.arange(len(order))).all())
+    inverse = None if in_order else torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
+    return Packing(cumulative(sizes).to(device), int(sizes.max()), tuple(buckets), inverse)
+
+
+def backend(device: torch.device, dtype: torch.dtype, softcap: float | None) -> Backend:
+    """Which implementation runs: the whole dispatch rule."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa"
+    if HAS_FLASH_ATTN:
+        return "flash_attn"
+    return "torch_varlen" if softcap is None else "sdpa"  # PyTorch's varlen kernel has no soft-cap
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N, D)
+    key: Tensor,  # (1, kv_heads, N, D)
+    value: Tensor,  # (1, kv_heads, N, D)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence; returns (1, N, heads, D). Dropout is off everywhere in PPO."""
+    if packing is None or attention_mask is not None:
+        raise ValueError(
+            "this model's attention is fastppo's packed one: call it through fastppo.models.hidden_states, or wrap an "
+            "ordinary forward in `with fastppo.attention.dense_attention(model):`"
+        )
+    chosen = backend(query.device, query.dtype, softcap)
+    window = sliding_window if sliding_window is not None and sliding_window < packing.max_seqlen else None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    if chosen == "flash_attn":
+        return _flash_attn(q, k, v, packing, scaling, window, softcap)[None], None
+    if chosen == "torch_varlen":
+        return _torch_varlen(q, k, v, packing, scaling, window)[None], None
+    rows = [_bucket_attention(q, k, v, bucket, scaling, window, softcap) for bucket in packing.buckets]
+    out = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return (out if packing.inverse is None else out.index_select(0, packing.inverse))[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+@contextmanager
+def dense_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, `model` runs transformers' own attention: ordinary padded batches and KV caches."""
+    soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if soft_capped else "sdpa")  # sdpa has no soft-cap
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED)
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    cu, n = packing.cu_seqlens, packing.max_seqlen
+    left = -1 if window is None else window - 1
+    return flash_attn_varlen_func(
+        q, k, v, cu, cu, n, n, softmax_scale=scaling, causal=True, window_size=(left, 0), softcap=softcap or 0.0
+    )
+
+
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, n = packing.cu_seqlens, packing.max_seqlen
+    left = -1 if window is None else window - 1
+    gqa: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            gqa = {"enable_gqa": True}
+        else:  # torch 2.11's first versions have no grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu, cu, n, n, scale=scaling, window_size=(left, 0), **gqa)  # pyright: ignore
+
+
+def _bucket_attention(
+    q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Rows are right-padded, so causality alone keeps real queries off the padding. Returns the real rows (n, heads, D)."""
+    b, T = bucket.index.shape
+    q, k, v = (_rows(x, bucket.index).transpose(1, 2) for x in (q, k, v))  # (b, heads, T, D)
+    if softcap is not None:
+        out = _soft_capped(q, k, v, scaling, window, softcap)
+    else:
+        mask = None if window is None or window >= T else _causal_mask(T, window, q.device)
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if bucket.valid is None else out.index_select(0, bucket.valid)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """(N, heads, D) -> (b, T, heads, D); a view when the bucket is the whole row in order."""
+    if index.numel() == x.shape[0]:  # one bucket, equal lengths
+        return x.reshape(*index.shape, *x.shape[1:])
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+def _causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    return (distance >= 0) & (distance < (T if window is None else window))
+
+
+def _soft_capped(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float
+) -> Tensor:
+    """Scores cap * tanh(score / cap), softmax in float32 (Gemma 2, arXiv:2408.00118)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_causal_mask(q.shape[2], window, q.device), float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v

@@ -1,0 +1,24 @@
+"""Shared one-line checks of user input; each raises a ValueError that says what was got and what is legal."""
+
+import math
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(section: str, config: Any, *names: str) -> None:
+    """Every named field is > 0 and not NaN; None (a switched-off option) passes."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{section}.{name} must be > 0, got {value}")
+
+
+def require_unit(section: str, config: Any, *names: str) -> None:
+    """Every named field lies in [0, 1]."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1 and math.isfinite(value), f"{section}.{name} must be in [0, 1], got {value}")

@@ -1,0 +1,60 @@
+"""The `fastppo` command: train, demo, doctor. The only file that knows the command-line library."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from fastppo import doctor as doctor_module
+from fastppo.config import RunConfig
+from fastppo.demo import demo as run_demo
+from fastppo.rewards import RewardError
+from fastppo.run_file import load_config
+from fastppo.trainer import train as run_training
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2, a reward that failed with exit code 1."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
+            run_training(parse_run(args[1], args[2:]))
+        else:
+            commands = {"train": train, "demo": demo, "doctor": doctor}
+            tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description="PPO for language models.")
+    except ValueError as error:
+        print(f"fastppo: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except RewardError as error:
+        print(f"fastppo: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
+    """A run file with `--dotted.key value` overrides, e.g. `--ppo.kl-coef 0.1 --rewards.0.weight 2`."""
+    return tyro.cli(RunConfig, default=load_config(path), args=list(overrides), prog=f"fastppo train {path}")
+
+
+def train(run: tyro.conf.Positional[str]) -> None:
+    """Run PPO as a TOML file says. Any key can be changed: `fastppo train RUN.toml --ppo.kl-coef 0.1`;
+    `fastppo train RUN.toml --help` lists all of them.
+
+    Args:
+        run: the run file.
+    """
+    run_training(load_config(run))
+
+
+def demo(out: str = "runs/demo", seed: int = 1) -> None:
+    """Make data, train a policy and a reward model, run PPO with four models, print before and after. No download.
+
+    Args:
+        out: folder for everything the demo makes; summary.json is in it.
+        seed: of data, models and sampling.
+    """
+    run_demo(out, seed=seed)
+
+
+def doctor() -> None:
+    """Print what is installed, which backend and which attention run here, and why."""
+    doctor_module.doctor()

@@ -1,0 +1,288 @@
+"""Every knob of a run, with its unit and its legal range. Imports nothing but the standard library.
+
+Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+ below;
+what differs from them says so.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastppo.checks import require, require_positive, require_unit
+
+Dtype = Literal["float32", "bfloat16"]
+AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
+KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
+Truncation = Literal["none", "penalty", "bootstrap", "mask"]
+
+CRITIC_FREE: tuple[AdvantageEstimator, ...] = ("grpo", "dr_grpo", "rloo", "reinforce++")
+GROUPED: tuple[AdvantageEstimator, ...] = ("grpo", "dr_grpo", "rloo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The policy; the reference is its initial copy unless `reference` names another checkpoint."""
+
+    path: str
+    """Local folder or hub name; no default, so that a run never starts on the wrong model."""
+    reference: str | None = None
+    """Checkpoint of the reference; None: the policy as it was before the first update."""
+    dtype: Dtype = "float32"
+    """Dtype of the weights. Log-probs, ratios, advantages and losses are float32 with either."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CriticConfig:
+    """The value model. N+ starts it from the reward model; the default here is the policy, which every run has."""
+
+    init: str = "policy"
+    """`policy` (zero value head), `reward` (the first reward model and its head), or a checkpoint."""
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """One source of scores; several are added up with their weights."""
+
+    kind: Literal["model", "function", "http"]
+    target: str
+    """Checkpoint of a sequence classifier, `module:function`, or a URL."""
+    weight: float = 1.0
+    name: str = ""
+    """Name in the logs; empty: made from `target`."""
+    label: int = 0
+    """Which logit of a reward model with several labels is the score."""
+    batch_size: int = 64
+    """Samples per forward of a reward model, or per request of an endpoint."""
+    timeout_s: float = 60.0
+    """Seconds until one call of a function or an endpoint has failed."""
+    retries: int = 3
+    """Further tries of an endpoint after a failure; the wait doubles from 0.5 s."""
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.target), "rewards.target must name a checkpoint, a module:function or a URL, got ''")
+        require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
+        require_positive("rewards", self, "batch_size", "timeout_s")
+        require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where prompts come from: a JSONL file of records, or `module:function` that returns an iterable of them."""
+
+    prompts: str
+    eval_prompts: str | None = None
+    """Held-out prompts; None: no evaluation."""
+    field: str = "prompt"
+    """Key of the record that holds the prompt: text, a list of token ids, or a list of chat messages."""
+    template: str = "{prompt}"
+    """Text around the prompt; `{prompt}` is replaced. Not used for token ids and chat messages."""
+    chat: bool = False
+    """Put the text into one user message of the tokenizer's chat template."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is an error: nothing is cut in silence."""
+    skip_long: bool = False
+    """Leave prompts over the limit out instead, and log how many."""
+
+    def __post_init__(self) -> None:
+        require("{prompt}" in self.template, f"data.template must contain '{{prompt}}', got {self.template!r}")
+        require_positive("data", self, "max_prompt_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """Sampling. There is no top-k or top-p here: PPO needs the log-prob of what was drawn under what is trained."""
+
+    num_prompts: int = 512
+    """Prompts per PPO iteration, over all ranks."""
+    samples_per_prompt: int = 1
+    temperature: float = 0.7
+    """Logits are divided by it when sampling and when scoring."""
+    max_new_tokens: int = 53
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, beside the model's own end-of-sequence tokens."""
+    max_rows: int = 512
+    """Sequences decoded at a time."""
+    old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
+    """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
+    `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
+
+    def __post_init__(self) -> None:
+        require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens", "temperature", "max_rows")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PPOConfig:
+    """The objective (Schulman et al. 2017, arXiv:1707.06347) and what surrounds it."""
+
+    num_epochs: int = 4
+    """Passes over each rollout batch."""
+    num_minibatches: int = 1
+    """Optimizer steps per pass; must divide the sequences of a rollout."""
+    max_tokens_per_microbatch: int = 16384
+    """Tokens per forward; bounds memory, changes no result."""
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped at 1 + clip_high (clip-higher, arXiv:2503.14476, when larger than clip_low)."""
+    dual_clip: float | None = None
+    """c > 1: for negative advantages the loss is at most -c * advantage (arXiv:1912.09729)."""
+    objective: Literal["clip", "kl-penalty"] = "clip"
+    """`kl-penalty`: no clipping, but old_kl_coef * KL(old || new), adapted after every update (PPO paper, section 4)."""
+    old_kl_coef: float = 1.0
+    """Initial coefficient of the kl-penalty objective."""
+    old_kl_target: float = 0.01
+    """Nats per token that the kl-penalty objective adapts to."""
+    value_clip: float | None = 0.2
+    """Values move at most this far from the old ones in the value loss; None: no clipping."""
+    value_coef: float = 0.1
+    """Weight of the value loss. The critic has its own Adam, so it acts through eps and max_grad_norm only."""
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    advantage: AdvantageEstimator = "gae"
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    """Divide per-token rewards by their standard deviation (their mean is kept)."""
+    normalize_scores: bool = False
+    """Subtract the running mean of the scores and divide by their running standard deviation."""
+    clip_scores: float | None = None
+    """Scores are clamped to [-clip_scores, clip_scores], after normalisation."""
+    truncation: Truncation = "penalty"
+    """A response cut by max_new_tokens: gets `missing_eos_score`; is bootstrapped with V of its last state; is left
+    out of the loss (mask); or nothing special."""
+    missing_eos_score: float = -1.0
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference, in reward units per nat."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_estimator: KLEstimator = "k1"
+    """k1 in the reward has the gradient of KL(policy || reference); in the loss only k2, k1+ and k3+ have."""
+    kl_target: float | None = None
+    """Adaptive controller (arXiv:1909.08593, section 2.2): nats per response to steer to; None: fixed kl_coef."""
+    kl_horizon: int = 10000
+    """Responses over which the adaptive controller corrects."""
+    target_kl: float | None = None
+    """Stop the update when a minibatch is farther than this from the old policy (mean k3 per token)."""
+    roll_back: bool = False
+    """When target_kl stops the update, also undo the step that went too far."""
+    aggregation: Aggregation = "token-mean"
+    loss_divisor: int | None = None
+    """Tokens per sequence that `constant` aggregation divides by (Dr.GRPO, arXiv:2503.20783); None: max_new_tokens."""
+    importance_cap: float | None = None
+    """Truncated importance weight min(trainer / sampler, cap) on every token; None: off. Needs recomputed log-probs."""
+    critic_warmup_steps: int = 0
+    """First iterations in which only the critic learns."""
+
+    def __post_init__(self) -> None:
+        require_positive("ppo", self, "num_epochs", "num_minibatches", "max_tokens_per_microbatch", "kl_horizon")
+        require_positive("ppo", self, "old_kl_coef", "old_kl_target", "kl_target", "target_kl", "value_clip", "clip_scores")
+        require_positive("ppo", self, "loss_divisor", "importance_cap")
+        require_unit("ppo", self, "gamma", "lam")
+        require(0 <= self.clip_low < 1, f"ppo.clip_low must be in [0, 1), got {self.clip_low}")
+        require(self.clip_high >= 0, f"ppo.clip_high must be >= 0, got {self.clip_high}")
+        for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps"):
+            require(getattr(self, name) >= 0, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
+        require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
+        require(math.isfinite(self.missing_eos_score), f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
+        require(not self.roll_back or self.target_kl is not None, "ppo.roll_back needs ppo.target_kl, got None")
+        require(
+            self.kl_in == "loss" or not self.kl_estimator.endswith("+"),
+            f"ppo.kl_estimator {self.kl_estimator!r} only differs in its gradient, so it needs ppo.kl_in = 'loss'; "
+            f"in the reward use {self.kl_estimator[:-1]!r}",
+        )
+        require(
+            self.truncation != "bootstrap" or self.advantage == "gae",
+            f"ppo.truncation = 'bootstrap' needs a critic (ppo.advantage = 'gae'), got {self.advantage!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its schedule, one for the policy and one for the critic."""
+
+    lr: float = 3e-6
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Stepped once per PPO iteration; linear and cosine end at 0 after the last one."""
+    warmup_steps: int = 0
+    """Iterations over which the rate rises; the first one already learns."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    """Global norm the gradient is clipped to, after accumulation. N+ does not clip: None."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0 and math.isfinite(self.lr), f"optimizer lr must be finite and >= 0, got {self.lr}")
+        require_positive("optimizer", self, "eps", "max_grad_norm")
+        require(self.weight_decay >= 0, f"optimizer weight_decay must be >= 0, got {self.weight_decay}")
+        require(self.warmup_steps >= 0, f"optimizer warmup_steps must be >= 0, got {self.warmup_steps}")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer betas must be in [0, 1), got {self.betas}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length of the run and what it writes."""
+
+    total_steps: int = 1000
+    """PPO iterations: rollout, score, update."""
+    eval_every: int = 50
+    """Iterations between evaluations; there is one before the first and one after the last."""
+    eval_prompts_max: int = 256
+    save_every: int = 0
+    """Iterations between checkpoints; 0: only the final one."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Beside metrics.jsonl, which is always written."""
+
+    def __post_init__(self) -> None:
+        require_positive("train", self, "total_steps", "eval_every", "eval_prompts_max")
+        require(self.save_every >= 0, f"train.save_every must be >= 0, got {self.save_every}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run: what `fastppo train RUN.toml` reads."""
+
+    policy: ModelConfig
+    data: DataConfig
+    rewards: tuple[RewardConfig, ...]
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: str = "runs/ppo"
+    """Run folder: config.json, metrics.jsonl, samples.jsonl, checkpoints/."""
+    seed: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(len(self.rewards) > 0, "rewards is empty: give at least one [[rewards]] table with kind and target")
+        sequences = self.rollout.num_prompts * self.rollout.samples_per_prompt
+        divisor = next(d for d in range(min(sequences, self.ppo.num_minibatches), 0, -1) if sequences % d == 0)
+        require(
+            sequences % self.ppo.num_minibatches == 0,
+            f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide the sequences of a rollout ({sequences} = "
+            f"rollout.num_prompts * rollout.samples_per_prompt); the nearest smaller divisor is {divisor}",
+        )
+        require(
+            self.ppo.advantage not in GROUPED or self.rollout.samples_per_prompt >= 2,
+            f"ppo.advantage = {self.ppo.advantage!r} compares samples of one prompt: rollout.samples_per_prompt must be "
+            f">= 2, got {self.rollout.samples_per_prompt}",
+        )
+        has_model = any(r.kind == "model" for r in self.rewards)
+        require(
+            self.critic.init != "reward" or has_model,
+            "critic.init = 'reward' needs a reward of kind 'model', got none; use 'policy' or a checkpoint",
+        )
+        require(
+            self.ppo.importance_cap is None or self.rollout.old_logprobs != "sampler",
+            "ppo.importance_cap compares the trainer's log-probs with the sampler's: rollout.old_logprobs must be "
+            "'recompute' or 'auto', got 'sampler'",
+        )

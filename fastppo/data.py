@@ -1,0 +1,113 @@
+"""Prompt sources: records from a JSONL file or a function -> token ids. Nothing is cut or dropped in silence."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastppo.batch import Prompts
+from fastppo.checks import require
+from fastppo.config import DataConfig
+from fastppo.rewards import import_function
+
+Record = Mapping[str, Any]
+
+
+def load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """Read every record of `source` and turn its prompt into token ids.
+
+    Args:
+        source: path of a JSONL file, or "module:function" returning an iterable of records (dicts, or plain text).
+
+    Raises:
+        ValueError: no records, a line that is not a JSON object, a record without the field, a prompt over the limit.
+    """
+    records = _read(source)
+    require(len(records) > 0, f"{source!r} has no records: at least one prompt is needed")
+    ids, kept, skipped = [], [], 0
+    for i, record in enumerate(records):
+        require(
+            config.field in record,
+            f"record {i} of {source!r} has no field {config.field!r}, only {sorted(record)}: set data.field",
+        )
+        tokens = to_ids(record[config.field], config, tokenizer)
+        if len(tokens) > config.max_prompt_tokens:
+            require(
+                config.skip_long,
+                f"prompt {i} of {source!r} has {len(tokens)} tokens, over data.max_prompt_tokens = "
+                f"{config.max_prompt_tokens}: raise it, or set data.skip_long to leave such prompts out",
+            )
+            skipped += 1
+            continue
+        ids.append(tokens)
+        kept.append(record)
+    require(len(ids) > 0, f"all {skipped} prompts of {source!r} are over data.max_prompt_tokens; raise it")
+    if skipped:
+        print(f"data: left out {skipped} of {len(records)} prompts over {config.max_prompt_tokens} tokens")
+    return Prompts(token_ids=tuple(ids), records=tuple(kept))
+
+
+def to_ids(prompt: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of one prompt: ids are taken as they are, messages go through the chat template, text is encoded."""
+    if isinstance(prompt, str):
+        text = config.template.replace("{prompt}", prompt)
+        if not config.chat:
+            return tuple(tokenizer(text).input_ids)
+        prompt = [{"role": "user", "content": text}]
+    require(isinstance(prompt, Sequence), f"a prompt is text, token ids or messages, got {type(prompt).__name__}")
+    if all(isinstance(x, int) for x in prompt):
+        return tuple(prompt)
+    rendered = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(rendered, add_special_tokens=False).input_ids)  # the template wrote the special tokens
+
+
+class PromptSource:
+    """Batches of prompts without end: a fresh permutation per pass, every prompt once in it.
+
+    Args:
+        prompts: all of them.
+        batch_size: prompts per batch; of these this rank gets every `world_size`-th.
+        seed: of the permutations; the same on every rank.
+    """
+
+    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        require(batch_size % world_size == 0, f"batch_size ({batch_size}) must be a multiple of the ranks ({world_size})")
+        self.prompts, self.batch_size, self.rank, self.world_size = prompts, batch_size, rank, world_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pending: list[int] = []
+
+    def __next__(self) -> Prompts:
+        while len(self.pending) < self.batch_size:  # a batch may reach into the next pass: no ragged tail is dropped
+            self.pending += torch.randperm(len(self.prompts), generator=self.generator).tolist()
+        chosen, self.pending = self.pending[: self.batch_size], self.pending[self.batch_size :]
+        return select(self.prompts, chosen[self.rank :: self.world_size])
+
+
+def select(prompts: Prompts, index: Iterable[int]) -> Prompts:
+    """The prompts at `index`, in its order."""
+    index = list(index)
+    return Prompts(
+        token_ids=tuple(prompts.token_ids[i] for i in index), records=tuple(prompts.records[i] for i in index)
+    )
+
+
+def _read(source: str) -> list[Record]:
+    if ":" in source and not Path(source).exists():
+        return [r if isinstance(r, Mapping) else {"prompt": r} for r in import_function(source)()]
+    try:
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read the prompts at {source!r}: {error.strerror}") from error
+    return [_record(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _record(source: str, number: int, line: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}:{number} is not JSON: {error.msg}") from error
+    require(isinstance(record, dict), f"{source}:{number} must be a JSON object, got {type(record).__name__}")
+    return record

@@ -1,0 +1,56 @@
+"""Sums over the ranks of torch.distributed; without it, or with one rank, they change nothing."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def init() -> None:
+    """Join the process group that torchrun describes; without torchrun, nothing."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def group() -> dist.ProcessGroup | None:
+    """The group that statistics are taken over; None when there is one rank."""
+    return dist.group.WORLD if world_size() > 1 else None
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """A new tensor: the sum of `x` over all ranks."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up gradients in place. Losses are divided by global counts, so the sum is the gradient of the whole batch."""
+    if world_size() == 1:
+        return
+    for p in parameters:
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have had no row of it
+            dist.all_reduce(p.grad)
+
+
+def reduce_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Combine the statistics of the ops: `_max` by maximum, everything else by sum."""
+    if world_size() == 1:
+        return stats
+    out = {name: value.clone() for name, value in stats.items()}
+    for name in sorted(out):
+        dist.all_reduce(out[name], dist.ReduceOp.MAX if name.endswith("_max") else dist.ReduceOp.SUM)
+    return out

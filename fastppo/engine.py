@@ -1,0 +1,263 @@
+"""PPOEngine: generate, score, update. Each is usable alone and takes trajectories from anywhere."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastppo import advantages, distributed, models, rewards, score, update
+from fastppo.advantages import KLController, PenaltyController, RunningMoments
+from fastppo.aggregate import sequence_index, sequence_sums
+from fastppo.batch import Experience, Prompts, Rollout, Sampling, cumulative
+from fastppo.checks import require
+from fastppo.config import OptimizerConfig, PPOConfig, RolloutConfig
+from fastppo.protocols import RolloutEngine, SampleScores
+from fastppo.rewards import Scores
+from fastppo.rollout import EmbeddedEngine
+
+
+class PPOEngine:
+    """One policy and what trains it.
+
+    Args:
+        policy: a causal LM from `models.load_policy` or `models.prepare_policy`.
+        critic: from `models.critic_from` or `models.load_critic`; None: made from the policy when `ppo` needs one.
+        reference: frozen policy for the KL; None: a copy of the policy as it is now, when `ppo` needs one.
+        tokenizer: only for its end-of-sequence token and to be saved beside the policy.
+        total_steps: PPO iterations that learning-rate schedules span.
+        rollout_engine: what samples; None: the embedded engine on the policy itself.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        *,
+        critic: PreTrainedModel | None = None,
+        reference: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ppo: PPOConfig | None = None,
+        rollout: RolloutConfig | None = None,
+        policy_optimizer: OptimizerConfig | None = None,
+        critic_optimizer: OptimizerConfig | None = None,
+        total_steps: int = 1000,
+        seed: int = 1,
+        rollout_engine: RolloutEngine | None = None,
+    ) -> None:
+        self.ppo, self.config, self.tokenizer = ppo or PPOConfig(), rollout or RolloutConfig(), tokenizer
+        self.policy = policy
+        self.reference = self._reference(reference)
+        self.critic = (critic or models.critic_from(policy)) if self.ppo.advantage == "gae" else None
+        self.version = 0  # updates of the policy so far
+        self.generator = torch.Generator().manual_seed(seed)  # of the minibatch permutations
+        self.moments = RunningMoments()
+        self.kl = KLController(self.ppo.kl_coef, self.ppo.kl_target, self.ppo.kl_horizon)
+        self.penalty = PenaltyController(self.ppo.old_kl_coef, self.ppo.old_kl_target)
+        self._policy = _trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
+        self._critic = (
+            None
+            if self.critic is None
+            else _trainable(self.critic, critic_optimizer or OptimizerConfig(), total_steps)
+        )
+        self.rollout_engine = rollout_engine or EmbeddedEngine(
+            policy,
+            eos_token_ids=models.eos_token_ids(policy, tokenizer),
+            max_rows=self.config.max_rows,
+            seed=seed,
+        )
+
+    def generate(self, prompts: Prompts, sampling: Sampling | None = None) -> Rollout:
+        """Sample responses; by default from the distribution PPO trains, `sampling` is for evaluation."""
+        return self.rollout_engine.generate(prompts, sampling or self.sampling)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training rollouts are drawn."""
+        return Sampling(
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.max_new_tokens,
+            stop_token_ids=self.config.stop_token_ids,
+            samples_per_prompt=self.config.samples_per_prompt,
+        )
+
+    def score(self, rollout: Rollout, scores: Scores | Tensor | SampleScores) -> Experience:
+        """Turn a rollout and its scores into advantages.
+
+        Args:
+            rollout: from `generate`, or `Rollout.pack` for trajectories from elsewhere.
+            scores: one number per sequence, or a list per sequence with one per response token.
+
+        Raises:
+            ValueError: the rollout was drawn from another distribution than the one that is trained.
+            RewardError: scores are not finite numbers, one per sequence or response token.
+        """
+        score.check_on_distribution(rollout, self.config)
+        scores = scores if isinstance(scores, Scores) else _as_scores(scores, rollout)
+        cu_seqlens = cumulative(rollout.action_counts)
+        logprobs, is_weights = self._old_logprobs(rollout)
+        ref_logprobs = None if self.reference is None else self._logprobs(self.reference, rollout)
+        values, last_values = (None, None) if self.critic is None else self._values(self.critic, rollout)
+        shaped = advantages.shape_scores(scores.sequences, rollout.truncated, self.ppo, self.moments)
+        token_rewards = advantages.shape_rewards(
+            shaped, scores.tokens, logprobs, ref_logprobs, cu_seqlens, self.kl.coef, self.ppo
+        )
+        mask = self._loss_mask(rollout, cu_seqlens)
+        advantage, returns = advantages.estimate(
+            token_rewards, values, last_values, cu_seqlens, rollout.group_ids, rollout.truncated, mask, self.ppo
+        )
+        experience = Experience(
+            rollout=rollout,
+            action_cu_seqlens=cu_seqlens,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            rewards=token_rewards,
+            advantages=advantage,
+            returns=returns,
+            mask=mask,
+            is_weights=is_weights,
+            policy_version=self.version,
+        )
+        experience.metrics.update(_experience_metrics(experience, scores, shaped))
+        return experience
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """One PPO iteration's optimizer steps. Returns the metrics of the update and of the experience."""
+        train_policy = self.iteration >= self.ppo.critic_warmup_steps
+        on_policy = experience.policy_version == self.version
+        single_step = self.ppo.num_epochs * self.ppo.num_minibatches == 1
+        require(
+            experience.logprobs is not None or (on_policy and single_step),
+            "this experience has no log-probs, which only the single step right after `score` can do without: score again",
+        )
+        objective = update.Objective(
+            temperature=self.config.temperature,
+            kl_coef=self.kl.coef,
+            old_kl_coef=self.penalty.coef if self.ppo.objective == "kl-penalty" else 0.0,
+            loss_divisor=float(self.ppo.loss_divisor or self.config.max_new_tokens),
+            train_policy=train_policy,
+            on_policy=on_policy,
+        )
+        metrics = dict(experience.metrics)
+        metrics |= update.update(self._policy, self._critic, experience, self.ppo, objective, self.generator)
+        self._after_update(metrics, len(experience))
+        return metrics
+
+    @property
+    def iteration(self) -> int:
+        """PPO iterations so far, those that only trained the critic included."""
+        return self._policy.scheduler.last_epoch
+
+    def save(self, path: str | Path) -> None:
+        """Write `policy/` and `critic/`, each loadable by the AutoModel classes, with the tokenizer."""
+        models.save(self.policy, Path(path) / "policy", self.tokenizer)
+        if self.critic is not None:
+            models.save(self.critic, Path(path) / "critic", self.tokenizer)
+
+    def _reference(self, reference: PreTrainedModel | None) -> PreTrainedModel | None:
+        if self.ppo.kl_coef == 0 and self.ppo.kl_target is None:
+            return None
+        return models.frozen(reference) if reference is not None else models.reference_of(self.policy)
+
+    def _old_logprobs(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probs of the policy before the update, and the truncated importance weights of the sampler's gap."""
+        cap = self.ppo.importance_cap
+        if cap is None and score.sampler_is_enough(rollout, self.config, self.version):
+            return rollout.logprobs, None
+        single_step = self.ppo.num_epochs * self.ppo.num_minibatches == 1
+        in_reward = self.reference is not None and self.ppo.kl_in == "reward"
+        if single_step and not in_reward and cap is None and self.config.old_logprobs == "auto":
+            return None, None  # nothing will ask for them: no forward
+        logprobs = self._logprobs(self.policy, rollout)
+        if cap is None:
+            return logprobs, None
+        require(rollout.logprobs is not None, "ppo.importance_cap needs the sampler's log-probs, but the rollout has none")
+        assert rollout.logprobs is not None
+        return logprobs, (logprobs - rollout.logprobs).clamp(-20, 20).exp().clamp(max=cap)
+
+    def _logprobs(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
+        return score.action_logprobs(
+            model, rollout, temperature=self.config.temperature, max_tokens=self.ppo.max_tokens_per_microbatch
+        )
+
+    def _values(self, critic: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        return score.state_values(critic, rollout, max_tokens=self.ppo.max_tokens_per_microbatch)
+
+    def _loss_mask(self, rollout: Rollout, cu_seqlens: Tensor) -> Tensor:
+        keep = ~rollout.truncated if self.ppo.truncation == "mask" else torch.ones_like(rollout.truncated)
+        return keep[sequence_index(cu_seqlens)]
+
+    def _after_update(self, metrics: dict[str, float], num_sequences: int) -> None:
+        metrics["objective/kl_coef"] = self.kl.coef
+        if "objective/kl" in metrics:
+            self.kl.update(metrics["objective/kl"], num_sequences)
+        if self.ppo.objective == "kl-penalty" and "policy/approxkl_last" in metrics:
+            metrics["policy/old_kl_coef"] = self.penalty.coef
+            self.penalty.update(metrics["policy/approxkl_last"])
+        for name, role in (("policy", self._policy), ("critic", self._critic)):
+            if role is not None:
+                metrics[f"{name}/lr"] = role.scheduler.get_last_lr()[0]
+                metrics[f"{name}/skipped_steps"] = float(role.skipped)
+                role.scheduler.step()
+        self.version += 1
+        self.rollout_engine.sync_weights(self.policy, self.version)
+
+
+def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -> float:
+    """Factor on the learning rate in PPO iteration `step`, from 0: positive in the first one (N+: 1 - step / total)."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = min(step / total_steps, 1.0)
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return warmup * decay[config.schedule]
+
+
+def _trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> update.Trainable:
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    factor = partial(learning_rate_factor, config, total_steps)
+    return update.Trainable(model, optimizer, LambdaLR(optimizer, factor), config.max_grad_norm)
+
+
+def _as_scores(scores: Tensor | SampleScores, rollout: Rollout) -> Scores:
+    per_sequence, per_token = rewards.check_scores(scores, rollout, "scores")
+    device = rollout.input_ids.device
+    return Scores(per_sequence.to(device), None if per_token is None else per_token.to(device), {})
+
+
+def _experience_metrics(experience: Experience, scores: Scores, shaped: Tensor) -> dict[str, float]:
+    """What the rollout looks like before the update. Sums per response, means over responses; names as TRL's."""
+    rollout, cu_seqlens = experience.rollout, experience.action_cu_seqlens
+    lengths = cu_seqlens.diff().float()
+    metrics = {
+        "objective/scores": scores.sequences.mean(),
+        "objective/scores_shaped": shaped.mean(),
+        "objective/rlhf_reward": sequence_sums(experience.rewards, cu_seqlens).mean(),
+        "rollout/response_tokens": lengths.mean(),
+        "rollout/truncated_frac": rollout.truncated.float().mean(),
+        "rollout/trained_tokens": experience.mask.sum(),
+        "val/num_eos_tokens": (~rollout.truncated).sum(),
+    }
+    metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
+    logprobs = experience.logprobs if experience.logprobs is not None else rollout.logprobs
+    if logprobs is not None:
+        metrics["objective/entropy"] = -sequence_sums(logprobs, cu_seqlens).mean()
+    if logprobs is not None and experience.ref_logprobs is not None:
+        metrics["objective/kl"] = sequence_sums(logprobs - experience.ref_logprobs, cu_seqlens).mean()
+    if experience.logprobs is not None and rollout.logprobs is not None and len(experience.logprobs):
+        gap = (experience.logprobs - rollout.logprobs).abs()
+        metrics |= {"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()}
+    if experience.values is not None and experience.returns is not None and len(experience.values):
+        residual, spread = experience.returns - experience.values, experience.returns.var(correction=0)
+        metrics["val/explained_variance"] = 1 - residual.var(correction=0) / spread.clamp(min=1e-12)
+        metrics["val/values"] = experience.values.mean()
+    means = torch.stack([value.detach().double() for value in metrics.values()])
+    means = distributed.sum_over_ranks(means) / distributed.world_size()  # ranks hold equally many sequences
+    return dict(zip(metrics, means.tolist(), strict=True))

@@ -1,0 +1,72 @@
+"""Micro-batches of a token budget: what goes through a model in one forward."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastppo.attention import Packing, plan
+from fastppo.batch import Rollout
+from fastppo.checks import require
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences of a rollout, packed. n tokens, r actions."""
+
+    input_ids: Tensor  # (n,) int64
+    position_ids: Tensor  # (n,) int64, restart at each sequence
+    packing: Packing
+    rows: Tensor  # (r,) int64, the state each action was taken in: the token before it
+    targets: Tensor  # (r,) int64, the actions
+    actions: Tensor  # (r,) int64, their places among the R actions of the rollout
+    tokens: Tensor  # (n,) int64, places among the N tokens of the rollout
+
+
+def microbatches(rollout: Rollout, max_tokens: int, sequences: Sequence[int] | None = None) -> Iterator[MicroBatch]:
+    """Cut `sequences` (default: all) into micro-batches of at most `max_tokens` tokens, in order.
+
+    Raises:
+        ValueError: one sequence alone is over the budget.
+    """
+    ends = rollout.cu_seqlens.tolist()
+    order = range(len(rollout)) if sequences is None else sequences
+    group: list[int] = []
+    total = 0
+    for i in order:
+        length = ends[i + 1] - ends[i]
+        require(
+            length <= max_tokens,
+            f"sequence {i} has {length} tokens, more than max_tokens_per_microbatch = {max_tokens}: raise it to at least that",
+        )
+        if group and total + length > max_tokens:
+            yield gather(rollout, group)
+            group, total = [], 0
+        group.append(i)
+        total += length
+    if group:
+        yield gather(rollout, group)
+
+
+def gather(rollout: Rollout, sequences: Sequence[int]) -> MicroBatch:
+    """Pack the named sequences of a rollout."""
+    device = rollout.input_ids.device
+    chosen = torch.tensor(list(sequences), device=device)
+    starts = rollout.cu_seqlens[:-1].long()[chosen]
+    lengths = rollout.cu_seqlens.diff().long()[chosen]
+    sequence_of = torch.repeat_interleave(torch.arange(len(chosen), device=device), lengths)
+    position_ids = torch.arange(len(sequence_of), device=device) - (lengths.cumsum(0) - lengths)[sequence_of]
+    tokens = starts[sequence_of] + position_ids
+    is_action = rollout.loss_mask[tokens]
+    action_places = rollout.loss_mask.cumsum(0) - 1
+    at = is_action.nonzero().squeeze(1)
+    return MicroBatch(
+        input_ids=rollout.input_ids[tokens],
+        position_ids=position_ids,
+        packing=plan(lengths.tolist(), device),
+        rows=at - 1,
+        targets=rollout.input_ids[tokens[at]],
+        actions=action_places[tokens[at]],
+        tokens=tokens,
+    )

@@ -1,0 +1,300 @@
+"""The four roles: policy, reference, reward, critic. Load, call, save; the only file that names transformers' model classes.
+
+All of them are ordinary transformers models with packed attention, dropout off, and are saved so that the AutoModel classes load
+them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastppo.attention import PACKED, dense_attention, plan
+from fastppo.checks import require
+from fastppo.config import ModelConfig
+from fastppo.microbatch import MicroBatch
+
+HEADS = ("score", "classifier")  # names that transformers gives a classification head
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """What turns hidden states into logits: softcap * tanh((h @ weight.T + bias) / softcap)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+
+
+def load_policy(config: ModelConfig) -> PreTrainedModel:
+    """Any causal LM checkpoint, ready for packed forwards.
+
+    Raises:
+        ValueError: the checkpoint is missing, damaged, incomplete, or its logits are not a plain LM head's.
+    """
+    model = _load(AutoModelForCausalLM, config.path, config.dtype, trust_remote_code=config.trust_remote_code)
+    return prepare_policy(model, gradient_checkpointing=config.gradient_checkpointing)
+
+
+def prepare_policy(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """Switch packed attention on and check that hidden states and LM head reproduce the model's own logits."""
+    model = _prepare(model, gradient_checkpointing)
+    _check_head(model)
+    return model
+
+
+def new_causal_lm(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A causal LM with random weights."""
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def load_reference(config: ModelConfig, policy: PreTrainedModel) -> PreTrainedModel:
+    """The frozen model that KL is measured against: the policy as it is now, or the checkpoint the config names."""
+    if config.reference is None:
+        return reference_of(policy)
+    reference = _load(
+        AutoModelForCausalLM, config.reference, config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    reference = prepare_policy(reference).to(policy.device)
+    require(
+        lm_head(reference).weight.shape[0] == lm_head(policy).weight.shape[0],
+        f"reference and policy must share a vocabulary, got {lm_head(reference).weight.shape[0]} and "
+        f"{lm_head(policy).weight.shape[0]} entries",
+    )
+    return frozen(reference)
+
+
+def reference_of(policy: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of the policy as it is now."""
+    return frozen(copy.deepcopy(policy))
+
+
+def load_reward_model(path: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Any sequence-classification checkpoint, frozen. Decoders get packed attention, encoders keep their own."""
+    model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code=trust_remote_code)
+    return frozen(_prepare(model, False) if is_decoder(model) else _without_dropout(model))
+
+
+def load_critic(
+    path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
+    model, info = _read(AutoModelForTokenClassification, path, trust_remote_code=trust_remote_code, num_labels=1)
+    saved = any(name.endswith("ForTokenClassification") for name in model.config.architectures or [])
+    _refuse_missing(path, info, () if saved else HEADS)
+    if not saved:
+        _zero(value_head(model))
+    getattr(model, model.base_model_prefix).to(getattr(torch, dtype))  # the head stays in float32
+    return _prepare(model, gradient_checkpointing)
+
+
+def critic_from(
+    model: PreTrainedModel, *, label: int | None = None, gradient_checkpointing: bool = False
+) -> PreTrainedModel:
+    """A critic with the body of `model` (a policy, or a reward model with `label` naming the logit to start from).
+
+    The value head is float32: zero for a policy (V = 0 before the first update), the reward head for a reward model.
+    """
+    critic = _with_body_of(model, AutoModelForTokenClassification)
+    head = _zero(value_head(critic).float())
+    if label is not None:
+        with torch.no_grad():
+            head.weight.copy_(value_head(model).weight[label])
+    return _prepare(critic, gradient_checkpointing)
+
+
+def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
+    """A reward model to be trained: the body of a policy, a new head N(0, 1 / sqrt(H + 1)) (N+ details, reward 2)."""
+    reward = _with_body_of(model, AutoModelForSequenceClassification)
+    head = value_head(reward).float()
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return _prepare(reward, False)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no usable tokenizer at {path!r}: {_first_line(error)}") from error
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a checkpoint brings its own tokenizer (a hub name is assumed to)."""
+    folder = Path(path)
+    return not folder.is_dir() or any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """Packed forward of the body, without any head: (n, H)."""
+    out = model.base_model(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packing=batch.packing
+    )
+    return out.last_hidden_state[0]
+
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """The live LM head (weights are not copied)."""
+    head: Any = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return LMHead(head.weight, getattr(head, "bias", None), softcap)
+
+
+def value_head(model: PreTrainedModel) -> nn.Linear:
+    """The classification head of a critic or reward model."""
+    for name in HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            return head
+    raise ValueError(f"{type(model).__name__} has no linear head named {' or '.join(HEADS)}")
+
+
+def values(critic: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """Value of the state after each token, float32 (n,)."""
+    head = value_head(critic)
+    return nn.functional.linear(hidden_states(critic, batch).float(), head.weight, head.bias).squeeze(-1)
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether a classifier reads left to right and scores its last token (a `score` head), as LLM reward models do."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """In eval mode and without gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Every end-of-sequence token: of the generation config, the model config and the tokenizer."""
+    sources = (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    ids: list[int] = []
+    for source in sources:
+        ids += source if isinstance(source, list) else [] if source is None else [source]
+    return tuple(dict.fromkeys(ids))
+
+
+def save(model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write a folder that the AutoModel classes load: safetensors, config and, when given, the tokenizer."""
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _load(cls: Any, path: str, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    model, info = _read(cls, path, dtype, trust_remote_code=trust_remote_code)
+    _refuse_missing(path, info, ())
+    return model
+
+
+def _read(
+    cls: Any, path: str, dtype: str = "float32", *, trust_remote_code: bool, **overrides: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """transformers loads what it can and fills the rest with noise; what it filled comes back beside the model."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        for name, value in {**dict.fromkeys(_dropout_keys(config), 0.0), **overrides}.items():
+            setattr(config, name, value)
+        return cls.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise ValueError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
+
+
+def _refuse_missing(path: str, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    mismatched = [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]
+    for problem, names in (("lacks", info["missing_keys"]), ("has the wrong shape for", mismatched)):
+        bad = sorted(n for n in names if n.split(".")[0] not in allowed)
+        require(
+            not bad,
+            f"checkpoint {path!r} {problem} {len(bad)} tensors, the first is {bad[0] if bad else ''!r}: "
+            "it is damaged or of another architecture; give the folder of a whole checkpoint",
+        )
+
+
+def _prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    require(
+        model._can_set_attn_implementation(),
+        f"{type(model).__name__} does not use transformers' attention interface, so sequences cannot be packed",
+    )
+    model.set_attn_implementation(PACKED)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return _without_dropout(model).train()  # checkpointing is only active in train mode; there is no dropout
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The ratio of a policy to itself is 1 only without dropout (N+ details, policy 4)."""
+    for name in _dropout_keys(model.config):
+        setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _dropout_keys(config: Any) -> list[str]:
+    return [k for k, v in vars(config).items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float)]
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """Some architectures scale logits in ways of their own; training on other logits than the model's would be silent."""
+    head = lm_head(model)
+    ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)
+    batch = MicroBatch(ids, torch.arange(len(ids), device=ids.device), plan([len(ids)], ids.device), ids, ids, ids, ids)
+    ours = nn.functional.linear(hidden_states(model, batch), head.weight, head.bias).float()
+    ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
+    with dense_attention(model):
+        theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    tolerance = (1e-3 if model.dtype == torch.float32 else 0.1) * (1 + theirs.abs().max())
+    gap = (ours - theirs).abs().max()
+    require(
+        bool(gap <= tolerance),
+        f"{type(model).__name__} turns hidden states into logits in a way fastppo does not know (gap {gap:.3g}): only a "
+        "linear head with an optional final_logit_softcapping can be trained",
+    )
+
+
+def _with_body_of(model: PreTrainedModel, cls: Any) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    other = cls.from_config(config, dtype=model.dtype).to(model.device)
+    getattr(other, other.base_model_prefix).load_state_dict(model.base_model.state_dict())
+    return other
+
+
+@torch.no_grad()
+def _zero(head: nn.Linear) -> nn.Linear:
+    head.weight.zero_()
+    if head.bias is not None:
+        head.bias.zero_()
+    return head
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

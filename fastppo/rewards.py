@@ -1,0 +1,318 @@
+"""Scores for responses: a reward model, a Python function, an HTTP endpoint, or a weighted sum of several.
+
+Each reward maps samples to numbers; `WeightedRewards` checks them, adds them up and keeps every part for the logs. A score that
+is not a finite number is an error that names the sample: nothing is replaced in silence.
+"""
+
+import asyncio
+import importlib
+import inspect
+import json
+import math
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastppo import models
+from fastppo.batch import Rollout, Sample
+from fastppo.checks import require
+from fastppo.config import RewardConfig
+from fastppo.microbatch import microbatches
+from fastppo.protocols import Reward, SampleScores
+
+
+class RewardError(RuntimeError):
+    """A reward failed: it raised, timed out, could not be reached, or returned something that is not scores."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of a rollout, weights applied."""
+
+    sequences: Tensor  # (B,) float32, one score per response
+    tokens: Tensor | None  # (R,) float32, scores of single actions, or None
+    parts: dict[str, Tensor]  # (B,) float32 per reward, before its weight
+
+
+class RewardModel:
+    """A sequence classifier. Reads token ids when it shares the policy's tokenizer, else the text with its own.
+
+    Args:
+        model: from `fastppo.models.load_reward_model`.
+        tokenizer: the reward model's own; None when it shares the policy's vocabulary.
+        label: which logit is the score.
+        max_tokens: tokens per forward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label: int = 0,
+        batch_size: int = 64,
+        name: str = "reward_model",
+    ) -> None:
+        require(
+            0 <= label < model.config.num_labels,
+            f"label must be in [0, {model.config.num_labels}), the labels of the reward model, got {label}",
+        )
+        self.model, self.tokenizer, self.label, self.batch_size, self.name = model, tokenizer, label, batch_size, name
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(samples), self.batch_size):
+            scores += self._score([self._ids(s) for s in samples[start : start + self.batch_size]])
+        return scores
+
+    def _ids(self, sample: Sample) -> list[int]:
+        if self.tokenizer is None:
+            return [*sample.prompt_ids, *sample.response_ids]
+        ids = list(self.tokenizer(sample.prompt + sample.response).input_ids)
+        eos = self.tokenizer.eos_token_id  # the end of the answer is part of what is judged
+        return [*ids, eos] if sample.finish_reason == "stop" and eos is not None and ids[-1:] != [eos] else ids
+
+    def _score(self, ids: list[list[int]]) -> list[float]:
+        if models.is_decoder(self.model):
+            rollout = Rollout.pack(ids, [[] for _ in ids], device=self.model.device)
+            return [float(x) for batch in microbatches(rollout, 1 << 62) for x in self._last_token_scores(batch)]
+        width = max(len(row) for row in ids)
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.model.device)
+        return self.model(input_ids=padded, attention_mask=mask).logits[:, self.label].float().tolist()
+
+    def _last_token_scores(self, batch: Any) -> list[float]:
+        last = batch.packing.cu_seqlens[1:].long() - 1
+        hidden = models.hidden_states(self.model, batch)[last]
+        return models.value_head(self.model)(hidden)[:, self.label].float().tolist()
+
+
+class FunctionReward:
+    """A Python function `(list[Sample]) -> list[float]`, or a list of per-token lists; plain or async.
+
+    Args:
+        function: the callable, or "module:function".
+        timeout_s: seconds until a call has failed. A function that ignores it goes on in its thread.
+    """
+
+    def __init__(self, function: str | Callable[..., Any], *, name: str = "", timeout_s: float = 60.0) -> None:
+        self.function = import_function(function) if isinstance(function, str) else function
+        self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
+        self.timeout_s = timeout_s
+
+    def __call__(self, samples: Sequence[Sample]) -> SampleScores:
+        outcome: dict[str, Any] = {}
+
+        def run() -> None:
+            try:
+                result = self.function(list(samples))
+                outcome["value"] = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+            except Exception as error:  # handed to the caller's thread, which raises it
+                outcome["error"] = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if "error" in outcome:
+            error = outcome["error"]
+            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
+        if "value" not in outcome:
+            raise RewardError(f"reward {self.name!r} did not return within timeout_s = {self.timeout_s} s")
+        return outcome["value"]
+
+
+class HTTPReward:
+    """An endpoint: POST {"samples": [...]} answered by {"scores": [...]}, in batches, with retries and back-off."""
+
+    def __init__(
+        self, url: str, *, name: str = "http", batch_size: int = 64, timeout_s: float = 60.0, retries: int = 3
+    ) -> None:
+        require(url.startswith(("http://", "https://")), f"a reward URL starts with http:// or https://, got {url!r}")
+        self.url, self.name, self.batch_size, self.timeout_s, self.retries = url, name, batch_size, timeout_s, retries
+
+    def __call__(self, samples: Sequence[Sample]) -> SampleScores:
+        scores: list[Any] = []
+        for start in range(0, len(samples), self.batch_size):
+            batch = samples[start : start + self.batch_size]
+            answer = self._post({"samples": [{**asdict(s), "record": dict(s.record)} for s in batch]})
+            if len(answer) != len(batch):
+                raise RewardError(f"{self.url} returned {len(answer)} scores for {len(batch)} samples")
+            scores += answer
+        return scores
+
+    def _post(self, body: dict[str, Any]) -> list[Any]:
+        request = urllib.request.Request(
+            self.url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        for attempt in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    return json.loads(response.read())["scores"]
+            except (OSError, ValueError, KeyError, TypeError) as error:  # unreachable, slow, or not {"scores": ...}
+                if attempt == self.retries:
+                    raise RewardError(
+                        f"{self.url} failed {attempt + 1} times; the last time: {type(error).__name__}: {error}"
+                    ) from error
+                time.sleep(0.5 * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+class WeightedRewards:
+    """Scores a rollout with every reward and adds them up: sum_k weight_k * score_k.
+
+    Args:
+        rewards: what scores the samples.
+        weights: one per reward; default 1.
+        tokenizer: turns ids into the text that rewards see; None: the text is empty.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        *,
+        weights: Sequence[float] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.rewards = list(rewards)
+        self.weights = [1.0] * len(self.rewards) if weights is None else list(weights)
+        self.tokenizer = tokenizer
+        names = [r.name for r in self.rewards]
+        require(len(self.rewards) > 0, "at least one reward is needed, got none")
+        require(len(self.weights) == len(names), f"got {len(self.weights)} weights for {len(names)} rewards")
+        require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
+
+    def __call__(self, rollout: Rollout) -> Scores:
+        """
+        Raises:
+            RewardError: a reward failed, or returned NaN, infinity or the wrong number of scores.
+        """
+        samples = to_samples(rollout, self.tokenizer)
+        sequences = torch.zeros(len(rollout))
+        tokens = torch.zeros(int(rollout.loss_mask.sum()))
+        any_tokens, parts = False, {}
+        for reward, weight in zip(self.rewards, self.weights, strict=True):
+            per_sequence, per_token = check_scores(reward(samples), rollout, reward.name)
+            parts[reward.name] = per_sequence
+            if per_token is None:
+                sequences += weight * per_sequence
+            else:
+                any_tokens = True
+                tokens += weight * per_token
+        device = rollout.input_ids.device
+        return Scores(sequences.to(device), tokens.to(device) if any_tokens else None, parts)
+
+
+def load_rewards(
+    configs: Sequence[RewardConfig], policy_tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+) -> WeightedRewards:
+    """Build what a run file's [[rewards]] tables describe."""
+    rewards = [_load(c, policy_tokenizer, device) for c in configs]
+    return WeightedRewards(rewards, weights=[c.weight for c in configs], tokenizer=policy_tokenizer)
+
+
+def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> list[Sample]:
+    """Decode a rollout for reward functions and logs. Decoded text is never encoded again to be trained on."""
+    pairs = rollout.sequences()
+    prompts, responses = (_decode(tokenizer, ids) for ids in zip(*pairs, strict=True))
+    return [
+        Sample(prompt=p, response=r, prompt_ids=a, response_ids=b, finish_reason=reason, record=record)
+        for p, r, (a, b), reason, record in zip(
+            prompts, responses, pairs, rollout.finish_reasons, rollout.records, strict=True
+        )
+    ]
+
+
+def check_scores(scores: Any, rollout: Rollout, name: str) -> tuple[Tensor, Tensor | None]:
+    """Per-sequence scores (B,) and, when per-token lists were given, their (R,) tensor; sums them in the first."""
+    if isinstance(scores, Tensor):
+        scores = scores.tolist()
+    if not isinstance(scores, list | tuple) or len(scores) != len(rollout):
+        got = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
+        raise RewardError(f"reward {name!r} must return one score per sample ({len(rollout)}), got {got}")
+    nested = bool(scores) and isinstance(scores[0], list | tuple)
+    for i, score in enumerate(scores):
+        for x in score if nested and isinstance(score, list | tuple) else [score]:
+            if isinstance(x, bool | int | float) and math.isfinite(x):
+                continue
+            raise RewardError(f"reward {name!r} gave {x!r} for sample {i}: a score must be a finite number")
+    if not nested:
+        return torch.tensor([float(s) for s in scores]), None
+    return torch.tensor([float(sum(s)) for s in scores]), _token_scores(scores, rollout, name)
+
+
+def import_function(spec: str) -> Callable[..., Any]:
+    """Import "module:function"."""
+    module, _, function = spec.partition(":")
+    require(bool(module and function), f"a function is named 'module:function', got {spec!r}")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {spec!r}: {error}; is its folder on PYTHONPATH?") from error
+
+
+def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> Reward:
+    name = config.name or config.target.rstrip("/").split("/")[-1].split(":")[-1]
+    if config.kind == "function":
+        return FunctionReward(config.target, name=name, timeout_s=config.timeout_s)
+    if config.kind == "http":
+        return HTTPReward(
+            config.target,
+            name=name,
+            batch_size=config.batch_size,
+            timeout_s=config.timeout_s,
+            retries=config.retries,
+        )
+    model = models.load_reward_model(config.target, trust_remote_code=config.trust_remote_code).to(device)
+    tokenizer = _own_tokenizer(config.target, policy_tokenizer, model)
+    return RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
+
+
+def _own_tokenizer(
+    path: str, policy_tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+) -> PreTrainedTokenizerBase | None:
+    """None when ids mean the same to policy and reward model, else the reward model's tokenizer."""
+    own = models.load_tokenizer(path) if models.has_tokenizer(path) else None
+    same = own is None or (policy_tokenizer is not None and own.get_vocab() == policy_tokenizer.get_vocab())
+    if not same:
+        require(policy_tokenizer is not None, f"reward model {path!r} reads text, so the policy needs a tokenizer")
+        return own
+    size = 0 if policy_tokenizer is None else len(policy_tokenizer)
+    require(
+        size <= model.config.get_text_config().vocab_size,
+        f"reward model {path!r} has no tokenizer of its own and a vocabulary of {model.config.vocab_size}, smaller than "
+        f"the policy's {size}: put its tokenizer into its folder",
+    )
+    return None
+
+
+def _token_scores(scores: Sequence[Sequence[float]], rollout: Rollout, name: str) -> Tensor:
+    """Per response token -> per action. A score on a token the policy did not choose would be lost, so it is refused."""
+    lengths = (rollout.cu_seqlens.diff() - rollout.prompt_lengths).tolist()
+    flat = torch.zeros(rollout.input_ids.shape[0])
+    starts = (rollout.cu_seqlens[:-1] + rollout.prompt_lengths).tolist()
+    for i, (row, start, length) in enumerate(zip(scores, starts, lengths, strict=True)):
+        if len(row) != length:
+            raise RewardError(f"reward {name!r} gave {len(row)} token scores for the {length} response tokens of sample {i}")
+        flat[start : start + length] = torch.tensor([float(x) for x in row])
+    mask = rollout.loss_mask.cpu()
+    if bool((flat[~mask] != 0).any()):
+        raise RewardError(f"reward {name!r} scores tokens outside the loss mask; score the next action instead")
+    return flat[mask]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[list[int]]) -> list[str]:
+    return [""] * len(ids) if tokenizer is None else tokenizer.batch_decode(list(ids), skip_special_tokens=True)
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+

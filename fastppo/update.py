@@ -1,0 +1,233 @@
+"""The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastppo import distributed, models
+from fastppo.aggregate import loss_weights
+from fastppo.batch import Experience
+from fastppo.config import PPOConfig
+from fastppo.microbatch import MicroBatch, microbatches
+from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
+
+Stats = dict[str, Tensor]
+
+
+@dataclass
+class Trainable:
+    """A model, its optimizer and schedule, and how many of its steps were skipped for a gradient that was not finite."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    max_grad_norm: float | None
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The coefficients of one update, beside the config's constants."""
+
+    temperature: float
+    kl_coef: float
+    old_kl_coef: float
+    loss_divisor: float
+    train_policy: bool
+    on_policy: bool  # the policy is still the one whose log-probs the experience holds
+
+
+@dataclass
+class Minibatch:
+    """One optimizer step's worth of sequences, with the weight of each action."""
+
+    sequences: list[int]
+    weights: Tensor  # (R,), zero outside the minibatch
+
+
+def update(
+    policy: Trainable, critic: Trainable | None, experience: Experience, config: PPOConfig, objective: Objective,
+    generator: torch.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """Improve policy and critic on one batch of experience; returns the metrics of the update."""
+    policy_stats: list[Stats] = []
+    value_stats: list[Stats] = []
+    norms: dict[str, list[float]] = {"policy": [], "critic": []}
+    before: list[Any] = []
+    stopped = False
+    for _ in range(config.num_epochs):
+        for minibatch in _minibatches(experience, config, objective, generator):
+            if objective.train_policy:
+                fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
+                stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh)
+                stopped = config.target_kl is not None and _mean(stats, "old_k3_sum") > config.target_kl
+                if stopped:
+                    policy.optimizer.zero_grad()
+                    _restore(policy, before) if config.roll_back else None
+                    break
+                policy_stats.append(stats)
+                before = _snapshot(policy) if config.roll_back else before
+                norms["policy"].append(_step(policy))
+            if critic is not None:
+                value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
+                norms["critic"].append(_step(critic))
+        if stopped:
+            break
+    metrics = {"policy/early_stop": float(stopped), "policy/steps": float(len(norms["policy"]))}
+    return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
+
+
+def _minibatches(
+    experience: Experience, config: PPOConfig, objective: Objective, generator: torch.Generator
+) -> list[Minibatch]:
+    """A fresh permutation of the sequences, cut as evenly as possible: every sequence is trained on once per epoch."""
+    order = torch.randperm(len(experience), generator=generator)
+    counts = experience.action_cu_seqlens.diff().long()
+    starts = experience.action_cu_seqlens[:-1].long()
+    out = []
+    for sequences in order.to(counts.device).tensor_split(min(config.num_minibatches, len(order))):
+        lengths = counts[sequences]
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        within = torch.arange(int(cu_seqlens[-1]), device=lengths.device) - cu_seqlens[:-1].repeat_interleave(lengths)
+        actions = starts[sequences].repeat_interleave(lengths) + within
+        weights = torch.zeros_like(experience.advantages)
+        weights[actions] = loss_weights(
+            experience.mask[actions], cu_seqlens, config.aggregation, objective.loss_divisor
+        )
+        out.append(Minibatch(sequences.tolist(), weights))
+    return out
+
+
+def _policy_gradient(
+    model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
+    fresh: bool,
+) -> Stats:  # fmt: skip
+    """Accumulate the gradient of the policy loss over the micro-batches; the loss is sum_i weights_i * l_i."""
+    head = models.lm_head(model)
+    parts = []
+    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+        loss, stats = linear_ppo_loss(
+            models.hidden_states(model, batch)[batch.rows],
+            head.weight,
+            batch.targets,
+            None if fresh else _take(experience.logprobs, batch),
+            experience.advantages[batch.actions],
+            minibatch.weights[batch.actions],
+            bias=head.bias,
+            temperature=objective.temperature,
+            softcap=head.softcap,
+            clip_low=config.clip_low if config.objective == "clip" else float("inf"),
+            clip_high=config.clip_high if config.objective == "clip" else float("inf"),
+            dual_clip=config.dual_clip,
+            ref_logprobs=_take(experience.ref_logprobs, batch),
+            kl_coef=objective.kl_coef if config.kl_in == "loss" else 0.0,
+            kl_estimator=config.kl_estimator,
+            old_kl_coef=objective.old_kl_coef,
+            entropy_coef=config.entropy_coef,
+            is_weights=_take(experience.is_weights, batch),
+        )
+        loss.backward()
+        parts.append(stats)
+    return distributed.reduce_stats(merge_stats(parts))
+
+
+def _value_gradient(
+    model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig
+) -> Stats:
+    assert experience.values is not None and experience.returns is not None
+    head = models.value_head(model)
+    parts = []
+    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+        loss, stats = linear_value_loss(
+            models.hidden_states(model, batch)[batch.rows],
+            head.weight[0],
+            head.bias,
+            experience.values[batch.actions],
+            experience.returns[batch.actions],
+            minibatch.weights[batch.actions],
+            clip=config.value_clip,
+        )
+        (config.value_coef * loss).backward()
+        parts.append(stats)
+    return distributed.reduce_stats(merge_stats(parts))
+
+
+def _step(trainable: Trainable) -> float:
+    """Clip and step; a gradient that is not finite leaves parameters and optimizer as they are. Returns the norm."""
+    parameters = [p for p in trainable.model.parameters() if p.requires_grad]
+    distributed.sum_gradients(parameters)
+    limit = float("inf") if trainable.max_grad_norm is None else trainable.max_grad_norm
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    if norm < float("inf"):  # False for NaN too
+        trainable.optimizer.step()
+    else:
+        trainable.skipped += 1
+    trainable.optimizer.zero_grad()
+    return norm
+
+
+def _snapshot(trainable: Trainable) -> list[Any]:
+    weights = [p.detach().clone() for p in trainable.model.parameters()]
+    return [weights, copy.deepcopy(trainable.optimizer.state_dict())]
+
+
+@torch.no_grad()
+def _restore(trainable: Trainable, snapshot: list[Any]) -> None:
+    if snapshot:
+        for parameter, saved in zip(trainable.model.parameters(), snapshot[0], strict=True):
+            parameter.copy_(saved)
+        trainable.optimizer.load_state_dict(snapshot[1])
+
+
+def _take(x: Tensor | None, batch: MicroBatch) -> Tensor | None:
+    return None if x is None else x[batch.actions]
+
+
+def _mean(stats: Stats, name: str) -> float:
+    return float(stats[name] / stats["token_count"].clamp(min=1))
+
+
+def _policy_metrics(parts: list[Stats]) -> dict[str, float]:
+    """Token-weighted means over all minibatches of the update."""
+    if not parts:
+        return {}
+    total = merge_stats(parts)
+    ratio = _mean(total, "ratio_sum")
+    tokens = float(total["token_count"])
+    squares = max(float(total["ratio_sq_sum"]), 1e-30)
+    metrics = {
+        "loss/policy_avg": float(total["policy_loss_sum"]) / len(parts),
+        "policy/approxkl_avg": _mean(total, "old_k3_sum"),
+        "policy/approxkl_last": _mean(parts[-1], "old_k3_sum"),
+        "policy/clipfrac_avg": _mean(total, "clip_count"),
+        "policy/clipfrac_first": _mean(parts[0], "clip_count"),
+        "val/ratio": ratio,
+        "val/ratio_var": max(_mean(total, "ratio_sq_sum") - ratio**2, 0.0),
+        "val/ratio_max": float(total["ratio_max"]),
+        "val/ratio_max_first": float(parts[0]["ratio_max"]),
+        "val/ess": float(total["ratio_sum"]) ** 2 / (squares * max(tokens, 1.0)),
+    }
+    if "entropy_sum" in total:
+        metrics["policy/entropy_avg"] = _mean(total, "entropy_sum")
+    if "ref_k3_sum" in total:
+        metrics["policy/ref_kl_avg"] = _mean(total, "ref_k3_sum")
+        metrics["loss/kl_avg"] = float(total["kl_loss_sum"]) / len(parts)
+    return metrics
+
+
+def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
+    if not parts:
+        return {}
+    total = merge_stats(parts)
+    return {
+        "loss/value_avg": float(total["value_loss_sum"]) / len(parts),
+        "val/clipfrac_avg": _mean(total, "value_clip_count"),
+    }
+
+
+def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
+    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}

@@ -1,0 +1,141 @@
+"""Packing changes nothing: sequences in one row give what each gives alone, forward and backward."""
+
+import pytest
+import torch
+
+import tiny
+from fastppo import attention, models
+from fastppo.batch import Rollout
+from fastppo.microbatch import gather, microbatches
+
+LENGTHS = [9, 1, 14, 3, 9, 30]  # several buckets, out of order, one token, longer than the sliding window
+
+
+def sequences(lengths=LENGTHS):
+    return [torch.randint(0, tiny.VOCAB, (n,)).tolist() for n in lengths]
+
+
+def packed(ids):
+    return gather(Rollout.pack(ids, [[] for _ in ids]), range(len(ids)))
+
+
+def alone(model, ids):
+    """Hidden states of each sequence by transformers' own attention, concatenated."""
+    with attention.dense_attention(model):
+        outs = [model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ids]
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 7], [5]], ids=["mixed", "equal", "single"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_packed_equals_one_sequence_at_a_time(architecture, lengths):
+    model, ids = tiny.policy(architecture), sequences(lengths)
+    torch.testing.assert_close(models.hidden_states(model, packed(ids)), alone(model, ids), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_packed_gradients_equal_one_sequence_at_a_time(architecture, checkpointing):
+    model, ids = tiny.policy(architecture, gradient_checkpointing=checkpointing), sequences()
+    upstream = torch.randn(sum(LENGTHS), 32)
+    (models.hidden_states(model, packed(ids)) * upstream).sum().backward()
+    actual = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.eval()
+    (alone(model, ids) * upstream).sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(actual[name], p.grad, atol=2e-5 * float(p.grad.abs().max() + 1), rtol=1e-4)
+    assert len(actual) >= 10
+
+
+def test_checkpointing_really_recomputes():
+    model = tiny.policy(gradient_checkpointing=True)
+    calls = []
+    model.base_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    models.hidden_states(model, packed(sequences())).sum().backward()
+    assert len(calls) == 2
+
+
+def test_no_token_sees_another_sequence():
+    model, ids = tiny.policy(), sequences([6, 6])
+    before = models.hidden_states(model, packed(ids))
+    ids[0] = [(t + 1) % tiny.VOCAB for t in ids[0]]
+    after = models.hidden_states(model, packed(ids))
+    assert torch.equal(before[6:], after[6:])
+    assert not torch.equal(before[:6], after[:6])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_left_padded_batch_equals_packed(architecture):
+    """CORRECTNESS A7: absolute and rotary positions both count from the first real token."""
+    model, ids = tiny.policy(architecture), sequences([5, 9])
+    padded = torch.tensor([[0] * 4 + ids[0], ids[1]])
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    with attention.dense_attention(model):
+        dense = model.base_model(input_ids=padded, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    expected = torch.cat([dense.last_hidden_state[0, 4:], dense.last_hidden_state[1]])
+    torch.testing.assert_close(models.hidden_states(model, packed(ids)), expected, atol=3e-5, rtol=1e-5)
+
+
+def test_dropout_is_off_in_train_mode():
+    """CORRECTNESS A5: GPT-2 with dropout 0.1, two forwards in train mode are equal."""
+    raw = tiny.raw_lm("gpt2")
+    assert raw.config.attn_pdrop == 0.1
+    model, batch = models.prepare_policy(raw), packed(sequences())
+    assert model.training
+    assert torch.equal(models.hidden_states(model, batch), models.hidden_states(model, batch))
+
+
+def test_an_unpacked_forward_is_refused():
+    with pytest.raises(ValueError, match="dense_attention"):
+        tiny.policy()(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_dense_attention_is_undone():
+    model = tiny.policy()
+    with attention.dense_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == attention.PACKED
+
+
+def test_attention_memory_is_not_quadratic_in_the_packed_length():
+    """No (N, N) tensor: the largest allocation of a packed forward grows with N, not N^2."""
+    model = tiny.policy()
+    batch = packed(sequences([8] * 400))  # N = 3200: one (N, N) float mask would be 41 MB
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        models.hidden_states(model, batch)
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::empty"))
+    assert 0 < largest < 4 * 3200 * 3200 / 10
+
+
+def test_microbatches_cover_every_token_and_action_once():
+    rollout = Rollout.pack(sequences([3, 5, 2, 8]), sequences([4, 1, 6, 2]))
+    tokens, actions = [], []
+    for batch in microbatches(rollout, 12):
+        assert len(batch.input_ids) <= 12
+        assert torch.equal(rollout.input_ids[batch.tokens], batch.input_ids)
+        assert torch.equal(rollout.input_ids[rollout.action_index[batch.actions]], batch.targets)
+        assert torch.equal(batch.input_ids[batch.rows + 1], batch.targets)
+        tokens += batch.tokens.tolist()
+        actions += batch.actions.tolist()
+    assert sorted(tokens) == list(range(31))
+    assert sorted(actions) == list(range(13))
+
+
+def test_a_sequence_over_the_budget_is_named():
+    rollout = Rollout.pack(sequences([3, 9]), sequences([1, 4]))
+    with pytest.raises(ValueError, match=r"sequence 1 has 13 tokens, more than max_tokens_per_microbatch = 12"):
+        list(microbatches(rollout, 12))
+
+
+def test_dispatch_is_by_device_dtype_and_softcap(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(attention, "HAS_FLASH_ATTN", False)
+    assert attention.backend(cpu, torch.bfloat16, None) == "sdpa"
+    assert attention.backend(cuda, torch.float32, None) == "sdpa"
+    assert attention.backend(cuda, torch.bfloat16, None) == "torch_varlen"
+    assert attention.backend(cuda, torch.bfloat16, 50.0) == "sdpa"
+    monkeypatch.setattr(attention, "HAS_FLASH_ATTN", True)
+    assert attention.backend(cuda, torch.bfloat16, 50.0) == "flash_attn"
