@@ -112,7 +112,9 @@ def estimate(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Advantages (R,), and returns (R,) when there is a critic. Returns use the advantages before whitening."""
     if config.advantage == "gae":
-        require(values is not None and last_values is not None, "advantage 'gae' needs values: give the engine a critic")
+        require(
+            values is not None and last_values is not None, "advantage 'gae' needs values: give the engine a critic"
+        )
         assert values is not None and last_values is not None
         bootstrap = torch.where(truncated, last_values, 0.0) if config.truncation == "bootstrap" else None
         advantages, returns = gae(
@@ -130,7 +132,8 @@ def _group_moments(returns: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, 
     zeros = returns.new_zeros(int(group.max()) + 1)
     count = zeros.index_add(0, group, torch.ones_like(returns))
     require(
-        bool((count > 1).all()), "group advantages compare samples of one prompt, but a prompt has one sample; draw >= 2"
+        bool((count > 1).all()),
+        "group advantages compare samples of one prompt, but a prompt has one sample; draw >= 2",
     )
     total = zeros.index_add(0, group, returns)
     deviation = zeros.index_add(0, group, (returns - (total / count)[group]).square())

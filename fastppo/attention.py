@@ -29,7 +29,7 @@ class Bucket:
     """Sequences of like length: (b, T) positions among the N packed tokens, the tail of a short row repeating its last one."""
 
     index: Tensor  # (b, T) int64
-    valid: Tensor | None  # (b * T,) int64 flat places that are real tokens; None when all are
+    whole: bool  # the bucket is the packed row itself: one bucket, equal lengths
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Packing:
     cu_seqlens: Tensor  # (b + 1,) int32
     max_seqlen: int
     buckets: tuple[Bucket, ...]
-    inverse: Tensor | None  # (N,) int64, from bucket order back to packed order; None when they agree
+    restore: Tensor | None  # (N,) int64, where each token stands in the buckets' rows one after the other; None: there
 
 
 def plan(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
@@ -49,19 +49,19 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
     bucket_of = (sizes - 1).clamp(min=1).log2().floor()
     if sizes.max() <= 2 * sizes.min():  # near enough: one call beats less padding
         bucket_of.zero_()
-    buckets, order = [], []
+    buckets, order, places, offset = [], [], [], 0
     for key in bucket_of.unique():
         member = (bucket_of == key).nonzero().squeeze(1)
         column = torch.arange(int(sizes[member].max()))
         index = starts[member, None] + torch.minimum(column, sizes[member, None] - 1)
-        real = (column < sizes[member, None]).flatten()
+        real = (column < sizes[member, None]).flatten().nonzero().squeeze(1)
         order.append(index.flatten()[real])
-        valid = None if bool(real.all()) else real.nonzero().squeeze(1).to(device)
-        buckets.append(Bucket(index.to(device), valid))
-    order = torch.cat(order)
-    in_order = bool((order == torch.arange(len(order))).all())
-    inverse = None if in_order else torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).to(device)
-    return Packing(cumulative(sizes).to(device), int(sizes.max()), tuple(buckets), inverse)
+        places.append(real + offset)
+        offset += index.numel()
+        buckets.append(Bucket(index.to(device), whole=index.numel() == int(sizes.sum())))
+    places = torch.cat(places)
+    restore = None if buckets[0].whole else torch.empty_like(places).scatter_(0, torch.cat(order), places).to(device)
+    return Packing(cumulative(sizes).to(device), int(sizes.max()), tuple(buckets), restore)
 
 
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None) -> Backend:
@@ -101,7 +101,7 @@ def packed_attention(
         return _torch_varlen(q, k, v, packing, scaling, window)[None], None
     rows = [_bucket_attention(q, k, v, bucket, scaling, window, softcap) for bucket in packing.buckets]
     out = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return (out if packing.inverse is None else out.index_select(0, packing.inverse))[None], None
+    return (out if packing.restore is None else out.index_select(0, packing.restore))[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -149,9 +149,9 @@ def _torch_varlen(
 def _bucket_attention(
     q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Rows are right-padded, so causality alone keeps real queries off the padding. Returns the real rows (n, heads, D)."""
+    """Rows are right-padded, so causality alone keeps real queries off the padding. Returns (b * T, heads, D)."""
     b, T = bucket.index.shape
-    q, k, v = (_rows(x, bucket.index).transpose(1, 2) for x in (q, k, v))  # (b, heads, T, D)
+    q, k, v = (_rows(x, bucket).transpose(1, 2) for x in (q, k, v))  # (b, heads, T, D)
     if softcap is not None:
         out = _soft_capped(q, k, v, scaling, window, softcap)
     else:
@@ -160,15 +160,13 @@ def _bucket_attention(
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
         )
-    out = out.transpose(1, 2).flatten(0, 1)
-    return out if bucket.valid is None else out.index_select(0, bucket.valid)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """(N, heads, D) -> (b, T, heads, D); a view when the bucket is the whole row in order."""
-    if index.numel() == x.shape[0]:  # one bucket, equal lengths
-        return x.reshape(*index.shape, *x.shape[1:])
-    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+def _rows(x: Tensor, bucket: Bucket) -> Tensor:
+    """(N, heads, D) -> (b, T, heads, D)."""
+    moved = x if bucket.whole else x.index_select(0, bucket.index.flatten())
+    return moved.reshape(*bucket.index.shape, *x.shape[1:])
 
 
 def _causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:
@@ -176,9 +174,7 @@ def _causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < (T if window is None else window))
 
 
-def _soft_capped(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float
-) -> Tensor:
+def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float) -> Tensor:
     """Scores cap * tanh(score / cap), softmax in float32 (Gemma 2, arXiv:2408.00118)."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))

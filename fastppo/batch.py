@@ -34,7 +34,9 @@ class Sampling:
     samples_per_prompt: int = 1
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, f"temperature must be > 0, got {self.temperature}; for greedy decoding set top_k=1")
+        require(
+            self.temperature > 0, f"temperature must be > 0, got {self.temperature}; for greedy decoding set top_k=1"
+        )
         require(self.max_new_tokens > 0, f"max_new_tokens must be > 0, got {self.max_new_tokens}")
         require(self.top_k >= 0, f"top_k must be >= 0 (0: off), got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")

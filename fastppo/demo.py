@@ -119,7 +119,9 @@ def summarize(folder: Path) -> dict[str, float]:
     }
 
 
-def _train_policy(tokenizer: Any, problems: Sequence[tuple[int, int]], rng: random.Random, steps: int, seed: int) -> Any:
+def _train_policy(
+    tokenizer: Any, problems: Sequence[tuple[int, int]], rng: random.Random, steps: int, seed: int
+) -> Any:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -36,14 +36,13 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up gradients in place. Losses are divided by global counts, so the sum is the gradient of the whole batch."""
     if world_size() == 1:
         return
     for p in parameters:
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have had no row of it
-            dist.all_reduce(p.grad)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have had no row of it
+        dist.all_reduce(p.grad)
 
 
 def reduce_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,9 @@
 """PPOEngine: generate, score, update. Each is usable alone and takes trajectories from anywhere."""
 
-import math
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import advantages, distributed, models, rewards, score, update
@@ -15,6 +12,7 @@ from fastppo.aggregate import sequence_index, sequence_sums
 from fastppo.batch import Experience, Prompts, Rollout, Sampling, cumulative
 from fastppo.checks import require
 from fastppo.config import OptimizerConfig, PPOConfig, RolloutConfig
+from fastppo.optimizer import make_trainable
 from fastppo.protocols import RolloutEngine, SampleScores
 from fastppo.rewards import Scores
 from fastppo.rollout import EmbeddedEngine
@@ -56,11 +54,11 @@ class PPOEngine:
         self.moments = RunningMoments()
         self.kl = KLController(self.ppo.kl_coef, self.ppo.kl_target, self.ppo.kl_horizon)
         self.penalty = PenaltyController(self.ppo.old_kl_coef, self.ppo.old_kl_target)
-        self._policy = _trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
+        self._policy = make_trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
         self._critic = (
             None
             if self.critic is None
-            else _trainable(self.critic, critic_optimizer or OptimizerConfig(), total_steps)
+            else make_trainable(self.critic, critic_optimizer or OptimizerConfig(), total_steps)
         )
         self.rollout_engine = rollout_engine or EmbeddedEngine(
             policy,
@@ -174,7 +172,9 @@ class PPOEngine:
         logprobs = self._logprobs(self.policy, rollout)
         if cap is None:
             return logprobs, None
-        require(rollout.logprobs is not None, "ppo.importance_cap needs the sampler's log-probs, but the rollout has none")
+        require(
+            rollout.logprobs is not None, "ppo.importance_cap needs the sampler's log-probs, but the rollout has none"
+        )
         assert rollout.logprobs is not None
         return logprobs, (logprobs - rollout.logprobs).clamp(-20, 20).exp().clamp(max=cap)
 
@@ -204,26 +204,6 @@ class PPOEngine:
                 role.scheduler.step()
         self.version += 1
         self.rollout_engine.sync_weights(self.policy, self.version)
-
-
-def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -> float:
-    """Factor on the learning rate in PPO iteration `step`, from 0: positive in the first one (N+: 1 - step / total)."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    progress = min(step / total_steps, 1.0)
-    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return warmup * decay[config.schedule]
-
-
-def _trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> update.Trainable:
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    factor = partial(learning_rate_factor, config, total_steps)
-    return update.Trainable(model, optimizer, LambdaLR(optimizer, factor), config.max_grad_norm)
 
 
 def _as_scores(scores: Tensor | SampleScores, rollout: Rollout) -> Scores:

@@ -65,9 +65,7 @@ def load_reference(config: ModelConfig, policy: PreTrainedModel) -> PreTrainedMo
     """The frozen model that KL is measured against: the policy as it is now, or the checkpoint the config names."""
     if config.reference is None:
         return reference_of(policy)
-    reference = _load(
-        AutoModelForCausalLM, config.reference, config.dtype, trust_remote_code=config.trust_remote_code
-    )
+    reference = _load(AutoModelForCausalLM, config.reference, config.dtype, trust_remote_code=config.trust_remote_code)
     reference = prepare_policy(reference).to(policy.device)
     require(
         lm_head(reference).weight.shape[0] == lm_head(policy).weight.shape[0],

@@ -19,7 +19,13 @@ from fastppo_kernels import token_logprobs
 
 
 def train_supervised(
-    model: PreTrainedModel, examples: Sequence[tuple[Sequence[int], Sequence[int]]], *, steps: int, batch_size: int, lr: float, seed: int
+    model: PreTrainedModel,
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
 ) -> float:
     """Maximise the log-prob of the responses; returns the mean loss of the last tenth, nats per token.
 

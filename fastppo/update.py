@@ -1,6 +1,5 @@
 """The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +12,10 @@ from fastppo.aggregate import loss_weights
 from fastppo.batch import Experience
 from fastppo.config import PPOConfig
 from fastppo.microbatch import MicroBatch, microbatches
+from fastppo.optimizer import Trainable
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
-
-
-@dataclass
-class Trainable:
-    """A model, its optimizer and schedule, and how many of its steps were skipped for a gradient that was not finite."""
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    max_grad_norm: float | None
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,15 +55,16 @@ def update(
                 stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh)
                 stopped = config.target_kl is not None and _mean(stats, "old_k3_sum") > config.target_kl
                 if stopped:
-                    policy.optimizer.zero_grad()
-                    _restore(policy, before) if config.roll_back else None
+                    policy.zero_grad()
+                    if before:
+                        policy.restore(before)
                     break
                 policy_stats.append(stats)
-                before = _snapshot(policy) if config.roll_back else before
-                norms["policy"].append(_step(policy))
+                before = policy.snapshot() if config.roll_back else []
+                norms["policy"].append(policy.step())
             if critic is not None:
                 value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
-                norms["critic"].append(_step(critic))
+                norms["critic"].append(critic.step())
         if stopped:
             break
     metrics = {"policy/early_stop": float(stopped), "policy/steps": float(len(norms["policy"]))}
@@ -135,9 +125,7 @@ def _policy_gradient(
     return distributed.reduce_stats(merge_stats(parts))
 
 
-def _value_gradient(
-    model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig
-) -> Stats:
+def _value_gradient(model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig) -> Stats:
     assert experience.values is not None and experience.returns is not None
     head = models.value_head(model)
     parts = []
@@ -154,33 +142,6 @@ def _value_gradient(
         (config.value_coef * loss).backward()
         parts.append(stats)
     return distributed.reduce_stats(merge_stats(parts))
-
-
-def _step(trainable: Trainable) -> float:
-    """Clip and step; a gradient that is not finite leaves parameters and optimizer as they are. Returns the norm."""
-    parameters = [p for p in trainable.model.parameters() if p.requires_grad]
-    distributed.sum_gradients(parameters)
-    limit = float("inf") if trainable.max_grad_norm is None else trainable.max_grad_norm
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    if norm < float("inf"):  # False for NaN too
-        trainable.optimizer.step()
-    else:
-        trainable.skipped += 1
-    trainable.optimizer.zero_grad()
-    return norm
-
-
-def _snapshot(trainable: Trainable) -> list[Any]:
-    weights = [p.detach().clone() for p in trainable.model.parameters()]
-    return [weights, copy.deepcopy(trainable.optimizer.state_dict())]
-
-
-@torch.no_grad()
-def _restore(trainable: Trainable, snapshot: list[Any]) -> None:
-    if snapshot:
-        for parameter, saved in zip(trainable.model.parameters(), snapshot[0], strict=True):
-            parameter.copy_(saved)
-        trainable.optimizer.load_state_dict(snapshot[1])
 
 
 def _take(x: Tensor | None, batch: MicroBatch) -> Tensor | None:

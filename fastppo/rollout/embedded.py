@@ -40,7 +40,9 @@ class EmbeddedEngine:
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
         """Only the version: the weights are the policy's own."""
-        require(policy is self.policy, "this engine samples from the module it was built on; build a new one for another")
+        require(
+            policy is self.policy, "this engine samples from the module it was built on; build a new one for another"
+        )
         self.version = version
 
     @torch.no_grad()
@@ -128,9 +130,7 @@ class EmbeddedEngine:
 
     def _sample(self, logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         uniform = torch.rand(logits.shape[0], device=logits.device, generator=self.generator)
-        return sample(
-            logits, uniform, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
-        )
+        return sample(logits, uniform, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
     def _check_context(self, prompts: Prompts, sampling: Sampling) -> None:
         context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)

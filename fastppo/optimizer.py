@@ -1,0 +1,103 @@
+"""One role's model with its AdamW and schedule. bfloat16 weights are trained through float32 masters.
+
+An update of 1e-6 to a bfloat16 weight of 1 is lost to rounding every time, so the optimizer owns float32 copies, gradients are
+added up in float32, and the model gets the rounded result.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from fastppo import distributed
+from fastppo.config import OptimizerConfig
+
+
+@dataclass
+class Trainable:
+    """A model that learns."""
+
+    model: PreTrainedModel
+    parameters: list[torch.nn.Parameter]
+    masters: list[Tensor]  # the float32 tensors that the optimizer steps; a float32 parameter is its own
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    max_grad_norm: float | None
+    skipped: int = 0  # steps not taken because the gradient was not finite
+
+    def step(self) -> float:
+        """Clip and step; a gradient that is not finite leaves everything as it is. Returns the gradient's norm."""
+        distributed.sum_gradients(self.masters)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
+        if norm < math.inf:  # False for NaN too
+            self.optimizer.step()
+            self._publish()
+        else:
+            self.skipped += 1
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Drop the gradient accumulated so far."""
+        self.optimizer.zero_grad()
+
+    def snapshot(self) -> list[Any]:
+        """Weights and optimizer state, to `restore`."""
+        state = [{k: _copied(v) for k, v in self.optimizer.state[m].items()} for m in self.masters]
+        return [[m.detach().clone() for m in self.masters], state]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Any]) -> None:
+        """Bitwise back to where `snapshot` was taken."""
+        for master, weight, state in zip(self.masters, *snapshot, strict=True):
+            master.copy_(weight)
+            self.optimizer.state[master] = {k: _copied(v) for k, v in state.items()}
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+
+
+def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> Trainable:
+    """AdamW on every parameter that requires a gradient; the schedule steps once per PPO iteration."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    masters = [p if p.dtype == torch.float32 else _master(p) for p in parameters]
+    optimizer = torch.optim.AdamW(
+        masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    scheduler = LambdaLR(optimizer, partial(learning_rate_factor, config, total_steps))
+    return Trainable(model, parameters, masters, optimizer, scheduler, config.max_grad_norm)
+
+
+def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -> float:
+    """Factor on the learning rate in PPO iteration `step`, from 0: positive in the first one (N+: 1 - step / total)."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = min(step / total_steps, 1.0)
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return warmup * decay[config.schedule]
+
+
+def _master(parameter: torch.nn.Parameter) -> Tensor:
+    """A float32 copy that takes over each micro-batch's gradient as soon as it is there."""
+    master = parameter.detach().float().requires_grad_()
+
+    def take_gradient(p: Tensor) -> None:
+        assert p.grad is not None
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    parameter.register_post_accumulate_grad_hook(take_gradient)
+    return master
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
