@@ -90,7 +90,7 @@ def shape_rewards(
     scores: Tensor, token_scores: Tensor | None, logprobs: Tensor | None, ref_logprobs: Tensor | None,
     cu_seqlens: Tensor, kl_coef: float, config: PPOConfig,
 ) -> Tensor:  # fmt: skip
-    """Reward of every action, (R,): the score on the last one, token scores, and -kl_coef * KL where it is in the reward."""
+    """Reward of every action, (R,): the score on the last one, token scores, and -kl_coef * KL if in the reward."""
     num_actions = int(cu_seqlens[-1])
     nothing = torch.zeros(num_actions, device=scores.device)
     in_reward = config.kl_in == "reward" and logprobs is not None and ref_logprobs is not None

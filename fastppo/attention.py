@@ -1,7 +1,7 @@
 """Packed attention: all sequences of a micro-batch in one row, no padding, and never a dense (N, N) mask.
 
-Registered with transformers' attention interface under the name `fastppo_packed`. The dispatch is one line of `backend()`:
-the `flash_attn` package when installed, else PyTorch's own varlen FlashAttention, both for half precision on CUDA; everything
+Registered with transformers' attention interface under the name `fastppo_packed`. `backend()` is the dispatch: the
+`flash_attn` package when installed, else PyTorch's own varlen FlashAttention, both for half precision on CUDA; all
 else (CPU, float32, a soft-cap without flash_attn) runs SDPA on sequences of like length, padded to the longest of them.
 """
 
@@ -26,7 +26,7 @@ HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of like length: (b, T) positions among the N packed tokens, the tail of a short row repeating its last one."""
+    """Sequences of like length as rows of positions; the tail of a short row repeats its last position."""
 
     index: Tensor  # (b, T) int64
     whole: bool  # the bucket is the packed row itself: one bucket, equal lengths
@@ -43,7 +43,7 @@ class Packing:
 
 
 def plan(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
-    """Plan packed attention for sequences of the given lengths (each >= 1). Buckets hold lengths of one power of two."""
+    """Plan packed attention for sequences of the given lengths, each >= 1: one bucket per power of two."""
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     bucket_of = (sizes - 1).clamp(min=1).log2().floor()

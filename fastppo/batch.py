@@ -1,6 +1,6 @@
 """What flows through a PPO iteration: Prompts -> Rollout -> Experience. Packed, token-in token-out.
 
-Letters: B sequences, N packed tokens (prompt and response of all B, no padding), R action tokens (the tokens the policy chose).
+Letters: B sequences, N packed tokens (prompt and response of all B, no padding), R actions (tokens the policy chose).
 Padding exists nowhere here; masks come from lengths and from the rollout, never from token ids.
 """
 
@@ -24,7 +24,7 @@ def cumulative(lengths: Sequence[int] | Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The distribution responses are drawn from. `greedy` and `top_p` are for evaluation; PPO refuses to train on them."""
+    """The distribution responses are drawn from. `top_k` and `top_p` are for evaluation; not for training."""
 
     temperature: float = 1.0
     max_new_tokens: int = 53

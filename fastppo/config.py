@@ -1,7 +1,7 @@
 """Every knob of a run, with its unit and its legal range. Imports nothing but the standard library.
 
-Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+ below;
-what differs from them says so.
+Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+
+below; what differs from them says so.
 """
 
 import math
@@ -114,7 +114,8 @@ class RolloutConfig:
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
 
     def __post_init__(self) -> None:
-        require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens", "temperature", "max_rows")
+        require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens")
+        require_positive("rollout", self, "temperature", "max_rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,7 @@ class PPOConfig:
     dual_clip: float | None = None
     """c > 1: for negative advantages the loss is at most -c * advantage (arXiv:1912.09729)."""
     objective: Literal["clip", "kl-penalty"] = "clip"
-    """`kl-penalty`: no clipping, but old_kl_coef * KL(old || new), adapted after every update (PPO paper, section 4)."""
+    """`kl-penalty`: no clipping, but old_kl_coef * KL(old || new), adapted after every update (PPO paper, eq. 8)."""
     old_kl_coef: float = 1.0
     """Initial coefficient of the kl-penalty objective."""
     old_kl_target: float = 0.01
@@ -181,15 +182,16 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         require_positive("ppo", self, "num_epochs", "num_minibatches", "max_tokens_per_microbatch", "kl_horizon")
-        require_positive("ppo", self, "old_kl_coef", "old_kl_target", "kl_target", "target_kl", "value_clip", "clip_scores")
-        require_positive("ppo", self, "loss_divisor", "importance_cap")
+        require_positive("ppo", self, "old_kl_coef", "old_kl_target", "kl_target", "target_kl", "value_clip")
+        require_positive("ppo", self, "clip_scores", "loss_divisor", "importance_cap")
         require_unit("ppo", self, "gamma", "lam")
         require(0 <= self.clip_low < 1, f"ppo.clip_low must be in [0, 1), got {self.clip_low}")
         require(self.clip_high >= 0, f"ppo.clip_high must be >= 0, got {self.clip_high}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps"):
             require(getattr(self, name) >= 0, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
         require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
-        require(math.isfinite(self.missing_eos_score), f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
+        finite = math.isfinite(self.missing_eos_score)
+        require(finite, f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
         require(not self.roll_back or self.target_kl is not None, "ppo.roll_back needs ppo.target_kl, got None")
         require(
             self.kl_in == "loss" or not self.kl_estimator.endswith("+"),
@@ -273,8 +275,8 @@ class RunConfig:
         )
         require(
             self.ppo.advantage not in GROUPED or self.rollout.samples_per_prompt >= 2,
-            f"ppo.advantage = {self.ppo.advantage!r} compares samples of one prompt: rollout.samples_per_prompt must be "
-            f">= 2, got {self.rollout.samples_per_prompt}",
+            f"ppo.advantage = {self.ppo.advantage!r} compares samples of one prompt: rollout.samples_per_prompt "
+            f"must be >= 2, got {self.rollout.samples_per_prompt}",
         )
         has_model = any(r.kind == "model" for r in self.rewards)
         require(

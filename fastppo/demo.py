@@ -1,7 +1,7 @@
 """`fastppo demo`: four real models on one machine in minutes, nothing downloaded.
 
-Two-digit sums written as text. A small transformer learns from demonstrations half of which are wrong, a reward model learns
-from pairs of a right and a wrong answer, and PPO then turns the one into what the other prefers. Held-out sums judge.
+Two-digit sums written as text. A small transformer learns from demonstrations half of which are wrong, a reward model
+learns from pairs of a right and a wrong answer, and PPO turns the one into what the other prefers. Held-out sums judge.
 """
 
 import json

@@ -129,7 +129,8 @@ class PPOEngine:
         single_step = self.ppo.num_epochs * self.ppo.num_minibatches == 1
         require(
             experience.logprobs is not None or (on_policy and single_step),
-            "this experience has no log-probs, which only the single step right after `score` can do without: score again",
+            "this experience has no log-probs, which only the single step right after `score` can do without: "
+            "score again",
         )
         objective = update.Objective(
             temperature=self.config.temperature,

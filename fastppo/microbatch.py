@@ -38,7 +38,8 @@ def microbatches(rollout: Rollout, max_tokens: int, sequences: Sequence[int] | N
         length = ends[i + 1] - ends[i]
         require(
             length <= max_tokens,
-            f"sequence {i} has {length} tokens, more than max_tokens_per_microbatch = {max_tokens}: raise it to at least that",
+            f"sequence {i} has {length} tokens, more than max_tokens_per_microbatch = {max_tokens}: "
+            "raise it to at least that",
         )
         if group and total + length > max_tokens:
             yield gather(rollout, group)

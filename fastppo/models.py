@@ -1,7 +1,7 @@
-"""The four roles: policy, reference, reward, critic. Load, call, save; the only file that names transformers' model classes.
+"""The four roles: policy, reference, reward, critic. Load, call, save.
 
-All of them are ordinary transformers models with packed attention, dropout off, and are saved so that the AutoModel classes load
-them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
+The only file that names transformers' model classes. All roles are ordinary transformers models with packed attention
+and dropout off, saved so that the AutoModel classes load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
 """
 
 import copy
@@ -260,7 +260,7 @@ def _dropout_keys(config: Any) -> list[str]:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
-    """Some architectures scale logits in ways of their own; training on other logits than the model's would be silent."""
+    """Some architectures scale logits in ways of their own; to train on other logits than the model's is an error."""
     head = lm_head(model)
     ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)
     batch = MicroBatch(ids, torch.arange(len(ids), device=ids.device), plan([len(ids)], ids.device), ids, ids, ids, ids)
@@ -272,8 +272,8 @@ def _check_head(model: PreTrainedModel) -> None:
     gap = (ours - theirs).abs().max()
     require(
         bool(gap <= tolerance),
-        f"{type(model).__name__} turns hidden states into logits in a way fastppo does not know (gap {gap:.3g}): only a "
-        "linear head with an optional final_logit_softcapping can be trained",
+        f"{type(model).__name__} turns hidden states into logits in a way fastppo does not know (gap {gap:.3g}): "
+        "only a linear head with an optional final_logit_softcapping can be trained",
     )
 
 

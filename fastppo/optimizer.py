@@ -1,7 +1,7 @@
 """One role's model with its AdamW and schedule. bfloat16 weights are trained through float32 masters.
 
-An update of 1e-6 to a bfloat16 weight of 1 is lost to rounding every time, so the optimizer owns float32 copies, gradients are
-added up in float32, and the model gets the rounded result.
+An update of 1e-6 to a bfloat16 weight of 1 is lost to rounding every time, so the optimizer owns float32 copies,
+gradients are added up in float32, and the model gets the rounded result.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What has to exist before PPO: a supervised policy and a reward model, trained on token ids. For the demo and the examples.
+"""What has to exist before PPO: a supervised policy and a reward model, trained on token ids.
 
-Both use the trainer's own packed forward, so they train in minutes on a CPU.
+For the demo and the examples. Both use the trainer's own packed forward, so they train in minutes on a CPU.
 """
 
 from collections.abc import Callable, Sequence

@@ -51,8 +51,8 @@ def check_on_distribution(rollout: Rollout, config: RolloutConfig) -> None:
         return
     require(
         not rollout.sampling.truncated,
-        f"the rollout was sampled with top_k = {rollout.sampling.top_k}, top_p = {rollout.sampling.top_p}: PPO needs the "
-        "whole distribution; use top_k = 0 and top_p = 1",
+        f"the rollout was sampled with top_k = {rollout.sampling.top_k}, top_p = {rollout.sampling.top_p}: PPO needs "
+        "the whole distribution; use top_k = 0 and top_p = 1",
     )
     require(
         rollout.sampling.temperature == config.temperature,

@@ -1,7 +1,7 @@
 """Sampling from the trainer's own module: no copy of the weights, nothing cached between updates.
 
-Left-padded prompts, transformers' KV cache, one forward per token over the rows that still run; rows that have ended are
-dropped from the cache. Samples of one prompt share its prefill.
+Left-padded prompts, transformers' KV cache, one forward per token over the rows that still run; rows that have ended
+are dropped from the cache. Samples of one prompt share its prefill.
 """
 
 from collections.abc import Iterator, Sequence
@@ -137,8 +137,8 @@ class EmbeddedEngine:
         longest = max(len(p) for p in prompts.token_ids)
         require(
             context is None or longest + sampling.max_new_tokens <= context,
-            f"a prompt of {longest} tokens plus max_new_tokens = {sampling.max_new_tokens} exceeds the model's context of "
-            f"{context}: shorten the prompts or lower max_new_tokens",
+            f"a prompt of {longest} tokens plus max_new_tokens = {sampling.max_new_tokens} exceeds the model's "
+            f"context of {context}: shorten the prompts or lower max_new_tokens",
         )
 
 
