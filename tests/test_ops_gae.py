@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DEVICE, assert_as_accurate, guarded
 from torch import Tensor
 
 from fastppo_kernels import gae, token_rewards, whiten
+from numerics import DEVICE, assert_as_accurate, guarded
 
 BACKENDS = ["reference", "native"] if DEVICE == "cpu" else ["reference"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -47,9 +47,7 @@ def loop(
     holes=st.sampled_from([0.0, 0.4, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_gae_is_the_backward_recurrence(
-    lengths: list[int], gamma: float, lam: float, holes: float, seed: int
-) -> None:
+def test_gae_is_the_backward_recurrence(lengths: list[int], gamma: float, lam: float, holes: float, seed: int) -> None:
     """Random lengths (0 among them), holes and bootstraps; NaN in the holes and no read past the end."""
     torch.manual_seed(seed)
     cu, N, B = packed(lengths), sum(lengths), len(lengths)
@@ -57,14 +55,15 @@ def test_gae_is_the_backward_recurrence(
     r, v = (guarded(torch.where(mask, torch.randn(N), torch.nan)) for _ in range(2))
     bootstrap = torch.randn(B)
     truth = loop(r, v, cu, mask, bootstrap, gamma, lam)
-    kwargs = {"gamma": gamma, "lam": lam}
-    inputs = [x.to(DEVICE) for x in (r, v)]
+    rewards, values = r.to(DEVICE), v.to(DEVICE)
+    kwargs: dict[str, Any] = {"gamma": gamma, "lam": lam, "mask": mask.to(DEVICE)}
+    kwargs["bootstrap_values"] = bootstrap.to(DEVICE)
     for backend in BACKENDS:
-        made = gae(*inputs, cu, mask=mask.to(DEVICE), bootstrap_values=bootstrap.to(DEVICE), backend=backend, **kwargs)
+        made = gae(rewards, values, cu, backend=backend, **kwargs)
         for name, a, t in zip(("advantages", "returns"), made, truth, strict=True):
             assert_as_accurate(f"{backend} {name}", a.cpu(), t.float(), t, atol=1e-5)
             assert a.cpu()[~mask].eq(0).all()
-    double = gae(*(x.double() for x in inputs), cu, mask=mask.to(DEVICE), bootstrap_values=bootstrap.to(DEVICE), **kwargs)
+    double = gae(rewards.double(), values.double(), cu, **kwargs)
     assert all(torch.allclose(a.cpu(), t, atol=1e-12) for a, t in zip(double, truth, strict=True))
 
 
@@ -141,11 +140,13 @@ def test_truncation_bootstraps_and_termination_does_not(backend: str) -> None:
 def test_sequences_do_not_see_each_other(backend: str) -> None:
     """Packing changes nothing, in any order, and a NaN stays in its own sequence."""
     a, b = (torch.randn(5), torch.randn(5)), (torch.randn(3), torch.randn(3))
-    alone = gae(*a, packed([5]), backend=backend)[0]
-    after = gae(*(torch.cat(x) for x in zip(b, a, strict=True)), packed([3, 5]), backend=backend)[0]
-    before = gae(*(torch.cat(x) for x in zip(a, b, strict=True)), packed([5, 0, 3]), backend=backend)[0]
+    alone = gae(a[0], a[1], packed([5]), backend=backend)[0]
+    after = gae(torch.cat([b[0], a[0]]), torch.cat([b[1], a[1]]), packed([3, 5]), backend=backend)[0]
+    before = gae(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), packed([5, 0, 3]), backend=backend)[0]
     assert torch.allclose(after[3:], alone, atol=1e-6) and torch.allclose(before[:5], alone, atol=1e-6)
-    broken = gae(torch.cat([a[0], torch.full((3,), torch.nan)]), torch.cat([a[1], b[1]]), packed([5, 3]), backend=backend)
+    broken = gae(
+        torch.cat([a[0], torch.full((3,), torch.nan)]), torch.cat([a[1], b[1]]), packed([5, 3]), backend=backend
+    )
     assert torch.allclose(broken[0][:5], alone, atol=1e-6) and broken[0][5:].isnan().all()
 
 
@@ -201,19 +202,18 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         gae(**(arguments | change))
 
 
-# -- token_rewards -----------------------------------------------------------------------------------------------------
-
-
 def test_rewards_of_a_sequence_sum_to_its_score_less_the_penalty() -> None:
     lengths, B = [3, 0, 5, 1], 4
     N, cu = sum(lengths), packed(lengths)
     scores, logprobs, ref = torch.randn(B), -torch.rand(N), -torch.rand(N)
     rewards = token_rewards(scores, logprobs, ref, cu, kl_coef=0.3)
     for b, (start, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
-        k1 = (logprobs - ref)[start:end].sum()
-        expected = scores[b] - 0.3 * k1 if end > start else torch.zeros(())
+        k1 = (logprobs - ref)[start:end]
+        expected = scores[b] - 0.3 * k1.sum() if end > start else torch.zeros(())
         assert torch.allclose(rewards[start:end].sum(), expected, atol=1e-6)
-        assert torch.allclose(rewards[start : max(end - 1, start)], -0.3 * (logprobs - ref)[start : max(end - 1, start)])
+        assert torch.allclose(
+            rewards[start : max(end - 1, start)], -0.3 * (logprobs - ref)[start : max(end - 1, start)]
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Log-probability (and entropy) of given tokens, with gradient, and with no (R, V) tensor when made from hidden states.
 
-    log p_y = z_y - logsumexp_v z_v,   z = softcap * tanh(logits / softcap) / temperature
+log p_y = z_y - logsumexp_v z_v,   z = softcap * tanh(logits / softcap) / temperature
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -61,6 +61,32 @@ class _TokenLogprobs(torch.autograd.Function):
         return *cast, None, None, None, None
 
 
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[True],
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -105,6 +131,26 @@ def token_logprobs(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
+@overload
+def logits_token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def logits_token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: Literal[True],
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def logits_token_logprobs(
     logits: Tensor,
     targets: Tensor,

@@ -60,10 +60,10 @@ def ppo_loss(
     Returns:
         loss: () float32, float64 for float64 logprobs.
         stats: 0-d float64 tensors over the rows with a weight, additive (see `merge_stats`):
-            token_count, policy_loss_sum and kl_loss_sum (weighted, with their coefficients), clip_count = clip_low_count
-            + clip_high_count (the clipped branch is strictly larger), dual_clip_count, ratio_sum, ratio_sq_sum,
-            ratio_max, old_k1_sum, old_k2_sum, old_k3_sum (of KL(old || policy)), logprob_sum, entropy_sum if the
-            entropy is known, ref_k1_sum, ref_k2_sum, ref_k3_sum if ref_logprobs is given.
+            token_count, policy_loss_sum and kl_loss_sum (weighted, with their coefficients), clip_count (rows whose
+            clipped branch is strictly larger) = clip_low_count + clip_high_count, dual_clip_count, ratio_sum,
+            ratio_sq_sum, ratio_max, old_k1_sum, old_k2_sum, old_k3_sum (of KL(old || policy)), logprob_sum,
+            entropy_sum if the entropy is known, ref_k1_sum, ref_k2_sum, ref_k3_sum if ref_logprobs is given.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or a term lacks its input.
@@ -81,7 +81,9 @@ def ppo_loss(
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
     _check_rows(rows, logprobs.shape[0], settings)
     if settings.entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef = {entropy_coef} needs entropy; take it from token_logprobs(return_entropy=True)")
+        raise ValueError(
+            f"entropy_coef = {entropy_coef} needs entropy; take it from token_logprobs(return_entropy=True)"
+        )
     choose_backend("ppo_loss", backend)
     return reference.ppo_loss(logprobs, rows, settings, entropy)
 
@@ -176,7 +178,8 @@ def linear_ppo_loss(
     """`ppo_loss` from hidden states and the LM head: differentiable in hidden, weight and bias.
 
     The gradient is made along with the loss, one chunk of logits at a time; without a gradient only the loss is made.
-    On the CPU rows of weight 0 never enter a product. Gradients are accumulated in float32 and have their input's dtype.
+    On the CPU rows of weight 0 never enter a product. Gradients are accumulated in float32, and returned in the dtype
+    of their input.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, chunk_size: as in `token_logprobs`. Targets of rows of
@@ -206,7 +209,9 @@ def linear_ppo_loss(
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
     _check_rows(rows, hidden.shape[0], settings)
     if logits_dtype not in (torch.float32, hidden.dtype):
-        raise ValueError(f"logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {logits_dtype}")
+        raise ValueError(
+            f"logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {logits_dtype}"
+        )
     choose_backend("linear_ppo_loss", backend)
     head = HeadSettings(temperature=temperature, softcap=softcap)
     options = {

@@ -61,9 +61,6 @@ def token_logprobs(
     return logits_token_logprobs(linear(hidden, weight, bias), targets, head, entropy=entropy)
 
 
-# -- PPO ---------------------------------------------------------------------------------------------------------------
-
-
 class PPORows(NamedTuple):
     """Constants of the objective, one number per row, (R,) each."""
 
@@ -178,9 +175,6 @@ def ppo_loss(
         return loss, stats.ppo_stats(logprobs, entropy, rows, terms, live, ref_kl)
 
 
-# -- critic ------------------------------------------------------------------------------------------------------------
-
-
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -206,9 +200,6 @@ def value_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor
     with torch.autocast(hidden.device.type, enabled=False):
         values = torch.where(live[:, None], hidden, 0).to(dtype) @ weight.to(dtype)
     return values if bias is None else values + bias.to(dtype).reshape(())
-
-
-# -- packed sequences --------------------------------------------------------------------------------------------------
 
 
 def gae(
@@ -276,12 +267,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
     return out
 
 
-# -- sampling ----------------------------------------------------------------------------------------------------------
-
-
-def sample(
-    logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """(tokens, log-probs), (R,) each: the first token whose cumulative mass exceeds u. See `fastppo_kernels.sample`."""
     z = logits.to(working_dtype(logits)) / temperature
     if 0 < top_k < z.shape[1]:

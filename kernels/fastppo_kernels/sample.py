@@ -1,6 +1,6 @@
 """Sampling by inverse CDF: one uniform number per row, so a draw is exactly repeatable.
 
-    token = the first column whose cumulative probability exceeds u * total
+token = the first column whose cumulative probability exceeds u * total
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The critic's loss, with the value clipped around its old value, from values or from hidden states and a value head.
 
-    loss = sum_i weights_i * 0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
+loss = sum_i weights_i * 0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 """
 
 import math

@@ -1,6 +1,6 @@
 """Whitening over the valid tokens of the whole batch, on every rank alike.
 
-    whitened = (x - mean) * rsqrt(var + 1e-8)  [+ mean],  var = mean of (x - mean)^2
+whitened = (x - mean) * rsqrt(var + 1e-8)  [+ mean],  var = mean of (x - mean)^2
 """
 
 from typing import Any
