@@ -40,9 +40,9 @@ WRONG_DEMONSTRATIONS = 0.5
 class Sizes:
     """How long each stage runs; the defaults fit two CPU cores in five minutes."""
 
-    sft_steps: int = 1200
-    reward_steps: int = 300
-    ppo_steps: int = 80
+    sft_steps: int = 800
+    reward_steps: int = 600
+    ppo_steps: int = 120
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = None) -> dict[str, float]:
@@ -51,7 +51,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = 
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    problems = make_problems()
     rng.shuffle(problems)
     held_out, training = problems[:NUM_HELD_OUT], problems[NUM_HELD_OUT:]
     _write_prompts(out / "prompts.jsonl", training)
@@ -94,6 +94,11 @@ def exact_match(samples: list[Sample]) -> list[float]:
     return [float(s.finish_reason == "stop" and s.response == s.record["answer"]) for s in samples]
 
 
+def make_problems() -> list[tuple[int, int]]:
+    """Every sum of two two-digit numbers that has two digits itself: 4005 of them."""
+    return [(a, b) for a in range(10, 90) for b in range(10, 100 - a)]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
     vocab = {c: i for i, c in enumerate(["<eos>", *"0123456789+="])}
@@ -119,9 +124,7 @@ def summarize(folder: Path) -> dict[str, float]:
     }
 
 
-def _train_policy(
-    tokenizer: Any, problems: Sequence[tuple[int, int]], rng: random.Random, steps: int, seed: int
-) -> Any:
+def _train_policy(tokenizer: Any, problems: list[tuple[int, int]], rng: random.Random, steps: int, seed: int) -> Any:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -145,24 +148,24 @@ def _train_policy(
 
 
 def _train_reward(
-    policy: Any, tokenizer: Any, problems: Sequence[tuple[int, int]], rng: random.Random, steps: int, seed: int
+    policy: Any, tokenizer: Any, problems: list[tuple[int, int]], rng: random.Random, steps: int, seed: int
 ) -> Any:
     """Starts from the policy's body, which can already add; learns which of two answers is right."""
     reward = models.reward_model_from(policy)
     pairs = []
-    for a, b in problems * 2:
+    for a, b in problems * 4:
         right, wrong = (f"{a}+{b}={answer}" for answer in (a + b, _wrong(a + b, rng)))
         eos = tokenizer.eos_token_id
         pairs.append(([*_ids(tokenizer, right), eos], [*_ids(tokenizer, wrong), eos]))
-    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=128, lr=5e-4, seed=seed)
+    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=128, lr=1e-3, seed=seed)
     return reward
 
 
 def _wrong(right: int, rng: random.Random) -> int:
     """A mistake people make: off by one, by ten, or by anything."""
     while True:
-        wrong = rng.choice([right + 1, right - 1, right + 10, right - 10, rng.randint(20, 198)])
-        if wrong != right and wrong >= 10:
+        wrong = rng.choice([right + 1, right - 1, right + 10, right - 10, rng.randint(20, 99)])
+        if wrong != right and 10 <= wrong < 100:
             return wrong
 
 

@@ -142,13 +142,13 @@ class PPOEngine:
         )
         metrics = dict(experience.metrics)
         metrics |= update.update(self._policy, self._critic, experience, self.ppo, objective, self.generator)
-        self._after_update(metrics, len(experience))
+        self._after_update(metrics, len(experience) * distributed.world_size())  # ranks hold equally many
         return metrics
 
     @property
     def iteration(self) -> int:
         """PPO iterations so far, those that only trained the critic included."""
-        return self._policy.scheduler.last_epoch
+        return self._policy.iteration
 
     def save(self, path: str | Path) -> None:
         """Write `policy/` and `critic/`, each loadable by the AutoModel classes, with the tokenizer."""
@@ -200,9 +200,9 @@ class PPOEngine:
             self.penalty.update(metrics["policy/approxkl_last"])
         for name, role in (("policy", self._policy), ("critic", self._critic)):
             if role is not None:
-                metrics[f"{name}/lr"] = role.scheduler.get_last_lr()[0]
+                metrics[f"{name}/lr"] = role.rate
                 metrics[f"{name}/skipped_steps"] = float(role.skipped)
-                role.scheduler.step()
+                role.next_iteration()
         self.version += 1
         self.rollout_engine.sync_weights(self.policy, self.version)
 
@@ -210,35 +210,52 @@ class PPOEngine:
 def _as_scores(scores: Tensor | SampleScores, rollout: Rollout) -> Scores:
     per_sequence, per_token = rewards.check_scores(scores, rollout, "scores")
     device = rollout.input_ids.device
-    return Scores(per_sequence.to(device), None if per_token is None else per_token.to(device), {})
+    if per_token is None:
+        return Scores(per_sequence.to(device), None, {})
+    return Scores(torch.zeros_like(per_sequence, device=device), per_token.to(device), {})
 
 
 def _experience_metrics(experience: Experience, scores: Scores, shaped: Tensor) -> dict[str, float]:
-    """What the rollout looks like before the update. Sums per response, means over responses; names as TRL's."""
+    """What the rollout of all ranks looks like. Sums per response, means over responses; names as TRL's."""
     rollout, cu_seqlens = experience.rollout, experience.action_cu_seqlens
-    lengths = cu_seqlens.diff().float()
-    metrics = {
-        "objective/scores": scores.sequences.mean(),
-        "objective/scores_shaped": shaped.mean(),
-        "objective/rlhf_reward": sequence_sums(experience.rewards, cu_seqlens).mean(),
-        "rollout/response_tokens": lengths.mean(),
-        "rollout/truncated_frac": rollout.truncated.float().mean(),
-        "rollout/trained_tokens": experience.mask.sum(),
-        "val/num_eos_tokens": (~rollout.truncated).sum(),
+    means = {  # vectors, averaged over what all ranks hold
+        "objective/scores": scores.totals(rollout),
+        "objective/scores_shaped": shaped,
+        "objective/rlhf_reward": sequence_sums(experience.rewards, cu_seqlens),
+        "rollout/response_tokens": cu_seqlens.diff(),
+        "rollout/truncated_frac": rollout.truncated,
     }
-    metrics |= {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
+    means |= {f"reward/{name}": part for name, part in scores.parts.items()}
     logprobs = experience.logprobs if experience.logprobs is not None else rollout.logprobs
     if logprobs is not None:
-        metrics["objective/entropy"] = -sequence_sums(logprobs, cu_seqlens).mean()
+        means["objective/entropy"] = -sequence_sums(logprobs, cu_seqlens)
     if logprobs is not None and experience.ref_logprobs is not None:
-        metrics["objective/kl"] = sequence_sums(logprobs - experience.ref_logprobs, cu_seqlens).mean()
-    if experience.logprobs is not None and rollout.logprobs is not None and len(experience.logprobs):
-        gap = (experience.logprobs - rollout.logprobs).abs()
-        metrics |= {"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()}
-    if experience.values is not None and experience.returns is not None and len(experience.values):
-        residual, spread = experience.returns - experience.values, experience.returns.var(correction=0)
-        metrics["val/explained_variance"] = 1 - residual.var(correction=0) / spread.clamp(min=1e-12)
-        metrics["val/values"] = experience.values.mean()
-    means = torch.stack([value.detach().double() for value in metrics.values()])
-    means = distributed.sum_over_ranks(means) / distributed.world_size()  # ranks hold equally many sequences
-    return dict(zip(metrics, means.tolist(), strict=True))
+        means["objective/kl"] = sequence_sums(logprobs - experience.ref_logprobs, cu_seqlens)
+    gap = None
+    if experience.logprobs is not None and rollout.logprobs is not None:
+        gap = means["rollout/logprob_gap_mean"] = (experience.logprobs - rollout.logprobs).abs()
+    metrics = _global_means(means)
+    if gap is not None:
+        largest = {"gap_max": torch.cat([gap, gap.new_zeros(1)]).max()}
+        metrics["rollout/logprob_gap_max"] = float(distributed.reduce_stats(largest)["gap_max"])
+    if experience.values is not None and experience.returns is not None:
+        metrics["val/explained_variance"] = _explained_variance(experience.values, experience.returns)
+        metrics |= _global_means({"val/values": experience.values})
+    totals = torch.stack([experience.mask.sum(), (~rollout.truncated).sum()])
+    names = ("rollout/trained_tokens", "val/num_eos_tokens")
+    return metrics | dict(zip(names, map(float, distributed.sum_over_ranks(totals).tolist()), strict=True))
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    residual = (returns - values).double()
+    moments = {"r": residual, "rr": residual.square(), "R": returns.double(), "RR": returns.double().square()}
+    mean = _global_means(moments)
+    return 1 - (mean["rr"] - mean["r"] ** 2) / max(mean["RR"] - mean["R"] ** 2, 1e-12)
+
+
+def _global_means(vectors: dict[str, Tensor]) -> dict[str, float]:
+    """Mean of each vector over the entries of all ranks; 0 where there are none."""
+    doubles = [x.double() for x in vectors.values()]
+    sums = torch.stack([torch.stack([x.sum(), torch.ones_like(x).sum()]) for x in doubles])
+    total, count = distributed.sum_over_ranks(sums).unbind(1)
+    return dict(zip(vectors, (total / count.clamp(min=1)).tolist(), strict=True))

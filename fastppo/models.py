@@ -95,7 +95,8 @@ def load_critic(
     _refuse_missing(path, info, () if saved else HEADS)
     if not saved:
         _zero(value_head(model))
-    getattr(model, model.base_model_prefix).to(getattr(torch, dtype))  # the head stays in float32
+    for parameter in model.base_model.parameters():  # not buffers: rotary frequencies are float32; so is the head
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     return _prepare(model, gradient_checkpointing)
 
 
@@ -160,10 +161,15 @@ def value_head(model: PreTrainedModel) -> nn.Linear:
     raise ValueError(f"{type(model).__name__} has no linear head named {' or '.join(HEADS)}")
 
 
+def classify(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What the head of a critic or reward model makes of hidden states (n, H): float32 (n, labels), whatever its dtype."""
+    head = value_head(model)
+    return nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+
 def values(critic: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """Value of the state after each token, float32 (n,)."""
-    head = value_head(critic)
-    return nn.functional.linear(hidden_states(critic, batch).float(), head.weight, head.bias).squeeze(-1)
+    return classify(critic, hidden_states(critic, batch)).squeeze(-1)
 
 
 def is_decoder(model: PreTrainedModel) -> bool:
@@ -241,6 +247,9 @@ def _prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrained
     model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # there is no padding: a pad token that is also EOS learns like any other
     return _without_dropout(model).train()  # checkpointing is only active in train mode; there is no dropout
 
 

@@ -6,12 +6,10 @@ gradients are added up in float32, and the model gets the rounded result.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from fastppo import distributed
@@ -26,14 +24,20 @@ class Trainable:
     parameters: list[torch.nn.Parameter]
     masters: list[Tensor]  # the float32 tensors that the optimizer steps; a float32 parameter is its own
     optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
-    max_grad_norm: float | None
+    config: OptimizerConfig
+    total_steps: int  # PPO iterations that the schedule spans
+    iteration: int = 0
     skipped: int = 0  # steps not taken because the gradient was not finite
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of this PPO iteration."""
+        return self.config.lr * learning_rate_factor(self.config, self.total_steps, self.iteration)
 
     def step(self) -> float:
         """Clip and step; a gradient that is not finite leaves everything as it is. Returns the gradient's norm."""
         distributed.sum_gradients(self.masters)
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
         if norm < math.inf:  # False for NaN too
             self.optimizer.step()
@@ -42,6 +46,12 @@ class Trainable:
             self.skipped += 1
         self.zero_grad()
         return norm
+
+    def end_iteration(self) -> None:
+        """Move the schedule on: it counts PPO iterations, also those in which every step was skipped."""
+        self.iteration += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
 
     def zero_grad(self) -> None:
         """Drop the gradient accumulated so far."""
@@ -68,14 +78,15 @@ class Trainable:
 
 
 def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> Trainable:
-    """AdamW on every parameter that requires a gradient; the schedule steps once per PPO iteration."""
+    """AdamW on every parameter that requires a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     masters = [p if p.dtype == torch.float32 else _master(p) for p in parameters]
     optimizer = torch.optim.AdamW(
-        masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
-    scheduler = LambdaLR(optimizer, partial(learning_rate_factor, config, total_steps))
-    return Trainable(model, parameters, masters, optimizer, scheduler, config.max_grad_norm)
+    trainable = Trainable(model, parameters, masters, optimizer, config, total_steps)
+    optimizer.param_groups[0]["lr"] = trainable.rate
+    return trainable
 
 
 def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -> float:

@@ -64,7 +64,7 @@ def train_reward_model(
         ids = [pairs[i][0] for i in index] + [pairs[i][1] for i in index]
         batch = gather(Rollout.pack(ids, [[] for _ in ids], device=model.device), range(len(ids)))
         last = batch.packing.cu_seqlens[1:].long() - 1
-        chosen, rejected = models.value_head(model)(models.hidden_states(model, batch)[last])[:, 0].chunk(2)
+        chosen, rejected = models.classify(model, models.hidden_states(model, batch)[last])[:, 0].chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
 
     return _fit(model, loss, len(pairs), steps=steps, batch_size=batch_size, lr=lr, seed=seed, title="reward model")

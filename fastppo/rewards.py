@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import models
-from fastppo.batch import Rollout, Sample
+from fastppo.aggregate import sequence_sums
+from fastppo.batch import Rollout, Sample, cumulative
 from fastppo.checks import require
 from fastppo.config import RewardConfig
 from fastppo.microbatch import microbatches
@@ -40,6 +41,12 @@ class Scores:
     sequences: Tensor  # (B,) float32, one score per response
     tokens: Tensor | None  # (R,) float32, scores of single actions, or None
     parts: dict[str, Tensor]  # (B,) float32 per reward, before its weight
+
+    def totals(self, rollout: Rollout) -> Tensor:
+        """(B,) all that each response earned: its score and those of its actions."""
+        if self.tokens is None:
+            return self.sequences
+        return self.sequences + sequence_sums(self.tokens, cumulative(rollout.action_counts))
 
 
 class RewardModel:
@@ -93,7 +100,7 @@ class RewardModel:
     def _last_token_scores(self, batch: Any) -> list[float]:
         last = batch.packing.cu_seqlens[1:].long() - 1
         hidden = models.hidden_states(self.model, batch)[last]
-        return models.value_head(self.model)(hidden)[:, self.label].float().tolist()
+        return models.classify(self.model, hidden)[:, self.label].tolist()
 
 
 class FunctionReward:

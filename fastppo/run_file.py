@@ -53,7 +53,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
         inner = [a for a in args if a is not type(None)]
-        return None if value is None else _convert(inner[0], value, where)
+        return None if value is None or value == "none" else _convert(inner[0], value, where)  # TOML has no null
     if origin is Literal:
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.0)
         require(value in args, f"{where} must be one of {list(args)}, got {value!r}; did you mean {near[0] if near else args[0]!r}?")

@@ -76,7 +76,7 @@ def build(config: RunConfig) -> Run:
     held_out = None if config.data.eval_prompts is None else load_prompts(config.data.eval_prompts, config.data, tokenizer)
     engine = PPOEngine(
         policy,
-        critic=_critic(config, rewards, device) if config.ppo.advantage == "gae" else None,
+        critic=_critic(config, policy, rewards, device) if config.ppo.advantage == "gae" else None,
         reference=None if config.policy.reference is None else models.load_reference(config.policy, policy),
         tokenizer=tokenizer,
         ppo=config.ppo,
@@ -107,7 +107,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     prompts = select(run.eval_prompts, range(min(len(run.eval_prompts), run.config.train.eval_prompts_max)))
     rollout = run.engine.generate(prompts, replace(run.engine.sampling, samples_per_prompt=1))
     scores = run.rewards(rollout)
-    stats = {"eval/scores": float(scores.sequences.mean())}
+    stats = {"eval/scores": float(scores.totals(rollout).mean())}
     stats |= {f"eval/reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
     stats["eval/response_tokens"] = float(rollout.action_counts.float().mean())
     stats["eval/truncated_frac"] = float(rollout.truncated.float().mean())
@@ -119,7 +119,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 def write_samples(run: Run, step: int, rollout: Rollout, scores: Scores) -> None:
     """Append every evaluated sample to samples.jsonl."""
     with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for sample, score in zip(to_samples(rollout, run.tokenizer), scores.sequences.tolist(), strict=True):
+        for sample, score in zip(to_samples(rollout, run.tokenizer), scores.totals(rollout).tolist(), strict=True):
             row = {"step": step, "score": score, "prompt": sample.prompt, "response": sample.response}
             file.write(json.dumps({**row, "finish_reason": sample.finish_reason}) + "\n")
 
@@ -157,10 +157,12 @@ def _saved_on_failure(run: Run) -> Iterator[None]:
         run.metrics.close()
 
 
-def _critic(config: RunConfig, rewards: WeightedRewards, device: torch.device) -> PreTrainedModel | None:
-    if config.critic.init == "policy":
-        return None
+def _critic(
+    config: RunConfig, policy: PreTrainedModel, rewards: WeightedRewards, device: torch.device
+) -> PreTrainedModel:
     checkpointing = config.critic.gradient_checkpointing
+    if config.critic.init == "policy":
+        return models.critic_from(policy, gradient_checkpointing=checkpointing)
     if config.critic.init == "reward":
         place = next(i for i, r in enumerate(config.rewards) if r.kind == "model")
         reward: Any = rewards.rewards[place]
