@@ -26,8 +26,16 @@ from fastppo.attention import PACKED, dense_attention, plan
 from fastppo.checks import require
 from fastppo.config import ModelConfig
 from fastppo.microbatch import MicroBatch
+from fastppo_kernels import linear
 
 HEADS = ("score", "classifier")  # names that transformers gives a classification head
+
+
+class Linear(nn.Linear):
+    """nn.Linear by fastppo's product, which is the faster one on CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,8 @@ def _prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrained
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # there is no padding: a pad token that is also EOS learns like any other
+        if type(module) is nn.Linear and not torch.cuda.is_available():
+            module.__class__ = Linear
     return _without_dropout(model).train()  # checkpointing is only active in train mode; there is no dropout
 
 

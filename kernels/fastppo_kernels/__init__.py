@@ -4,6 +4,7 @@ Depends on torch alone: never on fastppo or transformers.
 """
 
 from fastppo_kernels.gae import gae, token_rewards
+from fastppo_kernels.linear import linear
 from fastppo_kernels.logprobs import logits_token_logprobs, token_logprobs
 from fastppo_kernels.ppo import linear_ppo_loss, logits_ppo_loss, ppo_loss
 from fastppo_kernels.sample import sample
@@ -13,6 +14,7 @@ from fastppo_kernels.whiten import whiten
 
 __all__ = [
     "gae",
+    "linear",
     "linear_ppo_loss",
     "linear_value_loss",
     "logits_ppo_loss",

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo_kernels.linear import product, runs_onednn
 from fastppo_kernels.reference import working_dtype
 from fastppo_kernels.settings import HeadSettings
 
 # Bytes of a chunk's float32 logits. CPU: within the last-level cache (1, 4 and 16 MiB take the same time on a free
 # core), and large, because every chunk costs some joins of the threads. GPU: enough rows for full matrix products.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 MIN_CHUNK_ROWS = 32  # below this the products are bound by reading the weight, on either device
 
 
@@ -101,10 +102,14 @@ class ChunkedHead:
         self.bias = None if bias is None else bias.to(self.dtype)
         self.head, self.logits_dtype = head, logits_dtype
         self.chunk_size = chunk_size or default_chunk_size(weight.shape[0], hidden.device)
-        rows = min(self.chunk_size, hidden.shape[0])
+        self.onednn = runs_onednn(self.hidden)
+        rows = 0 if self.onednn else min(self.chunk_size, hidden.shape[0])
         self.buffer = torch.empty(rows, weight.shape[0], dtype=self.dtype, device=hidden.device)
         self.dhidden = torch.empty_like(hidden, dtype=self.dtype) if wanted[0] else None
-        self.dweight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
+        # (V, H); laid out as (H, V) where that is how its products come
+        self.dweight = weight.new_zeros(weight.shape[::-1], dtype=self.dtype).T if wanted[1] and self.onednn else None
+        if wanted[1] and not self.onednn:
+            self.dweight = torch.zeros_like(weight, dtype=self.dtype)
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
     def chunks(self) -> Iterator[slice]:
@@ -118,7 +123,9 @@ class ChunkedHead:
         early = self.head.softcap is None and self.bias is None and self.operand_dtype == self.dtype
         hidden = self.hidden[rows] / self.head.temperature if early else self.hidden[rows]
         logits = self.buffer[: hidden.shape[0]]
-        if self.operand_dtype == self.dtype:
+        if self.onednn:
+            logits = product(hidden, self.weight)
+        elif self.operand_dtype == self.dtype:
             torch.mm(hidden, self.weight.T, out=logits)
         else:
             logits.copy_(torch.mm(hidden, self.weight.T, out_dtype=self.dtype))
@@ -133,6 +140,9 @@ class ChunkedHead:
         scale = scale[:, None]
         if self.dbias is not None:
             self.dbias.addmv_(d.T, scale.squeeze(1))
+        if self.onednn:
+            self._accumulate_onednn(rows, d, scale)
+            return
         if self.operand_dtype != self.dtype:
             self._accumulate_mixed(rows, (d * scale).to(self.operand_dtype))
             return
@@ -140,6 +150,12 @@ class ChunkedHead:
             torch.mm(d, self.weight, out=self.dhidden[rows]).mul_(scale)
         if self.dweight is not None:
             self.dweight.addmm_(d.T, self.hidden[rows] * scale)
+
+    def _accumulate_onednn(self, rows: slice, d: Tensor, scale: Tensor) -> None:
+        if self.dhidden is not None:
+            self.dhidden[rows] = product(d, self.weight.T).mul_(scale)
+        if self.dweight is not None:
+            self.dweight.T.add_(product((self.hidden[rows] * scale).T, d.T))
 
     def _accumulate_mixed(self, rows: slice, dlogits: Tensor) -> None:
         if self.dhidden is not None:

