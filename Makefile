@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: help demo test slow lint clean
+.PHONY: help demo test slow lint bench clean
 
 help:
 	@echo "make demo    train a small policy with PPO on this machine, into runs/demo"
 	@echo "make test    the quick test suite"
 	@echo "make slow    the end-to-end tests"
 	@echo "make lint    ruff and pyright"
+	@echo "make bench   one PPO iteration against TRL's last PPOTrainer"
 	@echo "make clean   remove what the other targets made, .venv included"
 
 demo: $(VENV)/.ready
@@ -28,6 +29,10 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench-trl]'
+	$(BIN)/python bench/compare_ppo.py
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -130,6 +130,7 @@ class Rollout:
                 finite number <= 0.
         """
         B = len(prompts)
+        require(B > 0, "a rollout needs at least one sequence, got none")
         _require_length("responses", responses, B)
         lengths = [len(r) for r in responses]
         reasons = tuple(finish_reasons if finish_reasons is not None else ["stop"] * B)
@@ -145,6 +146,8 @@ class Rollout:
         records = tuple(records) or tuple({} for _ in range(B))
         _require_length("records", records, B)
         tokens = [t for p, r in zip(prompts, responses, strict=True) for t in (*p, *r)]
+        bad = [t for t in tokens if not t >= 0 or t % 1]
+        require(not bad, f"token ids must be integers >= 0, got {bad[:1]}")
         mask = [m for p, row in zip(prompts, masks, strict=True) for m in (*[False] * len(p), *row)]
         return Rollout(
             input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),

@@ -11,10 +11,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(section: str, config: Any, *names: str) -> None:
-    """Every named field is > 0 and not NaN; None (a switched-off option) passes."""
+    """Every named field is > 0, finite and not NaN; None (a switched-off option) passes."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{section}.{name} must be > 0, got {value}")
+        require(value is None or 0 < value < math.inf, f"{section}.{name} must be > 0 and finite, got {value}")
 
 
 def require_unit(section: str, config: Any, *names: str) -> None:

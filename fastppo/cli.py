@@ -1,8 +1,10 @@
 """The `fastppo` command: train, demo, doctor. The only file that knows the command-line library."""
 
+import os
 import sys
 from collections.abc import Sequence
 
+import transformers
 import tyro
 
 from fastppo import doctor as doctor_module
@@ -12,22 +14,31 @@ from fastppo.rewards import RewardError
 from fastppo.run_file import load_config
 from fastppo.trainer import train as run_training
 
+DESCRIPTION = "PPO for language models."
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input ends with one line on stderr and exit code 2, a reward that failed with exit code 1."""
+    """Entry point. Bad input ends with one line on stderr and exit code 2, a reward that failed with exit code 1.
+
+    Ctrl-C while things are loaded ends with 130; after that it ends the run, saved, with 0.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+    transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is an error of our own, in one line
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as with `python -m fastppo`: where module:function is looked up
     try:
         if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
             run_training(parse_run(args[1], args[2:]))
         else:
             commands = {"train": train, "demo": demo, "doctor": doctor}
-            tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description="PPO for language models.")
-    except ValueError as error:
+            tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
+    except (ValueError, RewardError) as error:
         print(f"fastppo: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except RewardError as error:
-        print(f"fastppo: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(1 if isinstance(error, RewardError) else 2) from error
+    except KeyboardInterrupt as error:
+        print("fastppo: interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
 
 
 def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:

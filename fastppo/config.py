@@ -5,6 +5,7 @@ below; what differs from them says so.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +17,6 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
 KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 Truncation = Literal["none", "penalty", "bootstrap", "mask"]
 
-CRITIC_FREE: tuple[AdvantageEstimator, ...] = ("grpo", "dr_grpo", "rloo", "reinforce++")
 GROUPED: tuple[AdvantageEstimator, ...] = ("grpo", "dr_grpo", "rloo")
 
 
@@ -66,10 +66,18 @@ class RewardConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        require(bool(self.target), "rewards.target must name a checkpoint, a module:function or a URL, got ''")
+        form = {"model": ".", "function": ".+:.", "http": "https?://."}[self.kind]
+        legal = {"model": "a checkpoint", "function": "'module:function'", "http": "a URL with http://"}[self.kind]
+        wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
+        require(re.match(form, self.target) is not None, wrong)
         require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
         require_positive("rewards", self, "batch_size", "timeout_s")
         require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
+
+    @property
+    def log_name(self) -> str:
+        """What the logs call it."""
+        return self.name or self.target.rstrip("/").split("/")[-1].split(":")[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +196,7 @@ class PPOConfig:
         require(0 <= self.clip_low < 1, f"ppo.clip_low must be in [0, 1), got {self.clip_low}")
         require(self.clip_high >= 0, f"ppo.clip_high must be >= 0, got {self.clip_high}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps"):
-            require(getattr(self, name) >= 0, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
+            require(0 <= getattr(self, name) < math.inf, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
         require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
         finite = math.isfinite(self.missing_eos_score)
         require(finite, f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
@@ -266,6 +274,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(len(self.rewards) > 0, "rewards is empty: give at least one [[rewards]] table with kind and target")
+        names = [r.log_name for r in self.rewards]
+        require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
         sequences = self.rollout.num_prompts * self.rollout.samples_per_prompt
         divisor = next(d for d in range(min(sequences, self.ppo.num_minibatches), 0, -1) if sequences % d == 0)
         require(

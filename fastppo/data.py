@@ -1,7 +1,7 @@
 """Prompt sources: records from a JSONL file or a function -> token ids. Nothing is cut or dropped in silence."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastppo.batch import Prompts
 from fastppo.checks import require
 from fastppo.config import DataConfig
-from fastppo.rewards import import_function
+from fastppo.endpoints import import_function
 
 Record = Mapping[str, Any]
 
@@ -23,7 +23,8 @@ def load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizer
         source: path of a JSONL file, or "module:function" returning an iterable of records (dicts, or plain text).
 
     Raises:
-        ValueError: no records, a line that is not a JSON object, a record without the field, a prompt over the limit.
+        ValueError: no records, a line that is not a JSON object, a record without the field, a prompt that is empty,
+            over the limit, or not text, token ids or messages.
     """
     records = _read(source)
     require(len(records) > 0, f"{source!r} has no records: at least one prompt is needed")
@@ -33,7 +34,11 @@ def load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizer
             config.field in record,
             f"record {i} of {source!r} has no field {config.field!r}, only {sorted(record)}: set data.field",
         )
-        tokens = to_ids(record[config.field], config, tokenizer)
+        try:
+            tokens = to_ids(record[config.field], config, tokenizer)
+            require(len(tokens) > 0, "it is empty: a policy needs at least one token to continue, e.g. BOS")
+        except ValueError as error:
+            raise ValueError(f"prompt {i} of {source!r}: {error}") from error
         if len(tokens) > config.max_prompt_tokens:
             require(
                 config.skip_long,
@@ -57,10 +62,16 @@ def to_ids(prompt: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) 
         if not config.chat:
             return tuple(tokenizer(text).input_ids)
         prompt = [{"role": "user", "content": text}]
-    require(isinstance(prompt, Sequence), f"a prompt is text, token ids or messages, got {type(prompt).__name__}")
-    if all(isinstance(x, int) for x in prompt):
+    require(isinstance(prompt, list | tuple), f"a prompt is text, token ids or messages, got {prompt!r}")
+    if all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
+        bad = [x for x in prompt if not 0 <= x < len(tokenizer)]
+        require(not bad, f"token ids must be in [0, {len(tokenizer)}), the tokenizer's vocabulary, got {bad[:3]}")
         return tuple(prompt)
+    messages = all(isinstance(m, Mapping) and "role" in m for m in prompt)
+    require(messages, f"a prompt is text, token ids or messages with role and content, got {prompt!r:.200}")
+    require(tokenizer.chat_template is not None, "the tokenizer has no chat template: give text or token ids")
     rendered = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    assert isinstance(rendered, str)
     return tuple(tokenizer(rendered, add_special_tokens=False).input_ids)  # the template wrote the special tokens
 
 
@@ -74,7 +85,8 @@ class PromptSource:
     """
 
     def __init__(self, prompts: Prompts, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        require(batch_size % world_size == 0, f"batch_size ({batch_size}) must be a multiple of the ranks ({world_size})")
+        even = batch_size % world_size == 0
+        require(even, f"rollout.num_prompts ({batch_size}) must be a multiple of the ranks ({world_size})")
         self.prompts, self.batch_size, self.rank, self.world_size = prompts, batch_size, rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         self.pending: list[int] = []
@@ -96,11 +108,15 @@ def select(prompts: Prompts, index: Iterable[int]) -> Prompts:
 
 def _read(source: str) -> list[Record]:
     if ":" in source and not Path(source).exists():
-        return [r if isinstance(r, Mapping) else {"prompt": r} for r in import_function(source)()]
+        found = import_function(source)()
+        require(isinstance(found, Iterable), f"{source!r} must return an iterable of records, got {found!r}")
+        return [r if isinstance(r, Mapping) else {"prompt": r} for r in found]
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 in a string
     except OSError as error:
         raise ValueError(f"cannot read the prompts at {source!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     return [_record(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

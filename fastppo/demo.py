@@ -34,6 +34,7 @@ from fastppo.trainer import train
 
 NUM_HELD_OUT = 512
 WRONG_DEMONSTRATIONS = 0.5
+VARIANTS = 16  # demonstrations and pairs per problem, so that their mistakes cannot be learned by heart
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sizes:
     """How long each stage runs; the defaults fit two CPU cores in five minutes."""
 
     sft_steps: int = 800
-    reward_steps: int = 600
+    reward_steps: int = 700
     ppo_steps: int = 120
 
 
@@ -61,6 +62,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = 
     models.save(policy, out / "sft", tokenizer)
     reward = _train_reward(policy, tokenizer, training, rng, sizes.reward_steps, seed)
     models.save(reward, out / "reward", tokenizer)
+    _move_aside(out / "ppo")
     folder = train(run_config(out, seed=seed, steps=sizes.ppo_steps))
     summary = summarize(folder) | {"wall_seconds": time.perf_counter() - start}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -140,7 +142,7 @@ def _train_policy(tokenizer: Any, problems: list[tuple[int, int]], rng: random.R
     )
     policy = models.prepare_policy(models.new_causal_lm(config))
     demonstrations = []
-    for a, b in problems:
+    for a, b in problems * VARIANTS:
         answer = a + b if rng.random() >= WRONG_DEMONSTRATIONS else _wrong(a + b, rng)
         demonstrations.append((_ids(tokenizer, f"{a}+{b}="), [*_ids(tokenizer, str(answer)), tokenizer.eos_token_id]))
     pretrain.train_supervised(policy, demonstrations, steps=steps, batch_size=256, lr=2e-3, seed=seed)
@@ -153,7 +155,7 @@ def _train_reward(
     """Starts from the policy's body, which can already add; learns which of two answers is right."""
     reward = models.reward_model_from(policy)
     pairs = []
-    for a, b in problems * 4:
+    for a, b in problems * VARIANTS:
         right, wrong = (f"{a}+{b}={answer}" for answer in (a + b, _wrong(a + b, rng)))
         eos = tokenizer.eos_token_id
         pairs.append(([*_ids(tokenizer, right), eos], [*_ids(tokenizer, wrong), eos]))
@@ -162,9 +164,14 @@ def _train_reward(
 
 
 def _wrong(right: int, rng: random.Random) -> int:
-    """A mistake people make: off by one, by ten, or by anything."""
+    """A wrong answer: mostly a wrong last digit, which is the hard one to judge, else off by ten or by anything."""
     while True:
-        wrong = rng.choice([right + 1, right - 1, right + 10, right - 10, rng.randint(20, 99)])
+        last_digit = rng.random() < 0.7
+        wrong = (
+            right // 10 * 10 + rng.randint(0, 9)
+            if last_digit
+            else rng.choice([right + 10, right - 10, rng.randint(20, 99)])
+        )
         if wrong != right and 10 <= wrong < 100:
             return wrong
 
@@ -176,6 +183,12 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _write_prompts(path: Path, problems: Sequence[tuple[int, int]]) -> None:
     lines = (json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a, b in problems)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _move_aside(folder: Path) -> None:
+    """Keep an earlier run under another name: a run folder holds one run."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.old-{folder.stat().st_mtime_ns}"))
 
 
 def _report(folder: Path, out: Path, summary: dict[str, float]) -> None:

@@ -89,9 +89,12 @@ class PPOEngine:
             scores: one number per sequence, or a list per sequence with one per response token.
 
         Raises:
-            ValueError: the rollout was drawn from another distribution than the one that is trained.
+            ValueError: the rollout was drawn from another distribution than the one that is trained, or has token ids
+                that the policy does not know.
             RewardError: scores are not finite numbers, one per sequence or response token.
         """
+        size, largest = models.lm_head(self.policy).weight.shape[0], int(rollout.input_ids.max())
+        require(largest < size, f"token ids must be in [0, {size}), the policy's vocabulary, got {largest}")
         score.check_on_distribution(rollout, self.config)
         scores = scores if isinstance(scores, Scores) else _as_scores(scores, rollout)
         cu_seqlens = cumulative(rollout.action_counts)

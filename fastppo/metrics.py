@@ -1,6 +1,6 @@
 """Where numbers go: metrics.jsonl always; TensorBoard, Weights & Biases, trackio when asked; phase times."""
 
-import importlib
+import importlib.util
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ class JSONLLogger:
 
 class TensorBoardLogger:
     def __init__(self, folder: Path) -> None:
-        self.writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -47,7 +47,7 @@ class RunLogger:
     """Weights & Biases or trackio: both have init, log and finish."""
 
     def __init__(self, module: str, folder: Path, config: Mapping[str, Any]) -> None:
-        self.module = _optional(module, module)
+        self.module = importlib.import_module(module)
         self.module.init(project="fastppo", name=folder.name, config=dict(config))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -57,15 +57,28 @@ class RunLogger:
         self.module.finish()
 
 
-class Metrics:
-    """All loggers of a run as one."""
+def require_loggers(loggers: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a logger's package is not installed.
+    """
+    for name in loggers:
+        spec = importlib.util.find_spec(name)
+        installed = spec is not None and spec.origin is not None  # None: a folder of that name, e.g. ./wandb
+        require(installed, f"train.loggers asks for {name!r}, which is not installed: pip install 'fastppo[{name}]'")
 
-    def __init__(self, folder: Path, loggers: Sequence[str], config: Mapping[str, Any]) -> None:
-        self.loggers: list[Logger] = [JSONLLogger(folder / "metrics.jsonl")]
+
+class Metrics:
+    """All loggers of a run as one; none at all without a folder (a rank that writes nothing)."""
+
+    def __init__(self, folder: Path | None, loggers: Sequence[str], config: Mapping[str, Any]) -> None:
+        self.loggers: list[Logger] = []
+        if folder is None:
+            return
+        require_loggers(loggers)
+        self.loggers.append(JSONLLogger(folder / "metrics.jsonl"))
         for name in loggers:
-            self.loggers.append(
-                TensorBoardLogger(folder) if name == "tensorboard" else RunLogger(name, folder, config)
-            )
+            self.loggers.append(TensorBoardLogger(folder) if name == "tensorboard" else RunLogger(name, folder, config))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for logger in self.loggers:
@@ -92,11 +105,3 @@ class PhaseTimer:
 
     def total(self) -> float:
         return sum(self.seconds.values())
-
-
-def _optional(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        require(False, f"train.loggers asks for {extra!r}, which is not installed: pip install 'fastppo[{extra}]'")
-        raise AssertionError from error

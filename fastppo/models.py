@@ -100,7 +100,7 @@ def load_critic(
     """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
     model, info = _read(AutoModelForTokenClassification, path, trust_remote_code=trust_remote_code, num_labels=1)
     saved = any(name.endswith("ForTokenClassification") for name in model.config.architectures or [])
-    _refuse_missing(path, info, () if saved else HEADS)
+    _refuse_damaged(path, model, info, () if saved else HEADS)
     if not saved:
         _zero(value_head(model))
     for parameter in model.base_model.parameters():  # not buffers: rotary frequencies are float32; so is the head
@@ -133,9 +133,10 @@ def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint."""
+    _require_there(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(f"no usable tokenizer at {path!r}: {_first_line(error)}") from error
 
 
@@ -212,7 +213,7 @@ def save(model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenize
 
 def _load(cls: Any, path: str, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:
     model, info = _read(cls, path, dtype, trust_remote_code=trust_remote_code)
-    _refuse_missing(path, info, ())
+    _refuse_damaged(path, model, info, ())
     return model
 
 
@@ -220,6 +221,7 @@ def _read(
     cls: Any, path: str, dtype: str = "float32", *, trust_remote_code: bool, **overrides: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers loads what it can and fills the rest with noise; what it filled comes back beside the model."""
+    _require_there(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         for name, value in {**dict.fromkeys(_dropout_keys(config), 0.0), **overrides}.items():
@@ -236,9 +238,16 @@ def _read(
         raise ValueError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
 
 
-def _refuse_missing(path: str, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
+def _require_there(path: str) -> None:
+    is_hub_name = path.count("/") < 2 and not path.startswith((".", "/", "~"))
+    require(is_hub_name or Path(path).is_dir(), f"there is no folder {path!r}")
+
+
+def _refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    wild = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     mismatched = [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]
-    for problem, names in (("lacks", info["missing_keys"]), ("has the wrong shape for", mismatched)):
+    problems = {"lacks": info["missing_keys"], "has the wrong shape for": mismatched, "has NaN or infinity in": wild}
+    for problem, names in problems.items():
         bad = sorted(n for n in names if n.split(".")[0] not in allowed)
         require(
             not bad,

@@ -47,7 +47,7 @@ class Trainable:
         self.zero_grad()
         return norm
 
-    def end_iteration(self) -> None:
+    def next_iteration(self) -> None:
         """Move the schedule on: it counts PPO iterations, also those in which every step was skipped."""
         self.iteration += 1
         for group in self.optimizer.param_groups:

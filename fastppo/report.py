@@ -17,11 +17,12 @@ SHOWN = (  # metric, label, format
 
 
 @contextmanager
-def progress(total: int, *, title: str = "ppo") -> Iterator[Show]:
-    """A bar with reward, KL and tokens/s; without a terminal, a plain line now and then."""
-    console = Console(stderr=True)
+def progress(total: int, *, title: str = "ppo", quiet: bool = False) -> Iterator[Show]:
+    """A bar with reward, KL and tokens/s; without a terminal, a plain line now and then; nothing when `quiet`."""
+    console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console, disable=not console.is_terminal) as bar:
+    numbers_column = TextColumn("{task.fields[numbers]}")
+    with Progress(*columns, numbers_column, console=console, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, numbers="")
         every = max(1, total // 10)
         done = 0
@@ -29,9 +30,10 @@ def progress(total: int, *, title: str = "ppo") -> Iterator[Show]:
         def show(metrics: Mapping[str, float]) -> None:
             nonlocal done
             done += 1
-            numbers = "  ".join(f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics)
+            shown = ((label, form.format(metrics[name])) for name, label, form in SHOWN if name in metrics)
+            numbers = "  ".join(f"{label} {number}" for label, number in shown)
             bar.update(task, advance=1, numbers=numbers)
-            if not console.is_terminal and (done % every == 0 or done == total):
+            if not quiet and not console.is_terminal and (done % every == 0 or done == total):
                 print(f"{title} {done}/{total}  {numbers}", flush=True)
 
         yield show

@@ -1,20 +1,11 @@
 """Scores for responses: a reward model, a Python function, an HTTP endpoint, or a weighted sum of several.
 
-Each reward maps samples to numbers; `WeightedRewards` checks them, adds them up and keeps every part for the logs. A score that
-is not a finite number is an error that names the sample: nothing is replaced in silence.
+Each reward maps samples to numbers; `WeightedRewards` checks them, adds them up and keeps every part for the logs. A
+score that is not a finite number is an error that names the sample: nothing is replaced in silence.
 """
 
-import asyncio
-import importlib
-import inspect
-import json
-import math
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +17,11 @@ from fastppo.aggregate import sequence_sums
 from fastppo.batch import Rollout, Sample, cumulative
 from fastppo.checks import require
 from fastppo.config import RewardConfig
+from fastppo.endpoints import FunctionReward, HTTPReward, RewardError
 from fastppo.microbatch import microbatches
-from fastppo.protocols import Reward, SampleScores
+from fastppo.protocols import Reward
 
-
-class RewardError(RuntimeError):
-    """A reward failed: it raised, timed out, could not be reached, or returned something that is not scores."""
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,8 @@ class RewardModel:
         name: str = "reward_model",
     ) -> None:
         require(
-            0 <= label < model.config.num_labels,
-            f"label must be in [0, {model.config.num_labels}), the labels of the reward model, got {label}",
+            0 <= label < (count := int(model.config.num_labels or 0)),
+            f"label must be in [0, {count}), the labels of the reward model, got {label}",
         )
         self.model, self.tokenizer, self.label, self.batch_size, self.name = model, tokenizer, label, batch_size, name
 
@@ -84,8 +74,8 @@ class RewardModel:
     def _ids(self, sample: Sample) -> list[int]:
         if self.tokenizer is None:
             return [*sample.prompt_ids, *sample.response_ids]
-        ids = list(self.tokenizer(sample.prompt + sample.response).input_ids)
-        eos = self.tokenizer.eos_token_id  # the end of the answer is part of what is judged
+        ids: list[Any] = list(self.tokenizer(sample.prompt + sample.response).input_ids)
+        eos: Any = self.tokenizer.eos_token_id  # the end of the answer is part of what is judged
         return [*ids, eos] if sample.finish_reason == "stop" and eos is not None and ids[-1:] != [eos] else ids
 
     def _score(self, ids: list[list[int]]) -> list[float]:
@@ -101,76 +91,6 @@ class RewardModel:
         last = batch.packing.cu_seqlens[1:].long() - 1
         hidden = models.hidden_states(self.model, batch)[last]
         return models.classify(self.model, hidden)[:, self.label].tolist()
-
-
-class FunctionReward:
-    """A Python function `(list[Sample]) -> list[float]`, or a list of per-token lists; plain or async.
-
-    Args:
-        function: the callable, or "module:function".
-        timeout_s: seconds until a call has failed. A function that ignores it goes on in its thread.
-    """
-
-    def __init__(self, function: str | Callable[..., Any], *, name: str = "", timeout_s: float = 60.0) -> None:
-        self.function = import_function(function) if isinstance(function, str) else function
-        self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
-        self.timeout_s = timeout_s
-
-    def __call__(self, samples: Sequence[Sample]) -> SampleScores:
-        outcome: dict[str, Any] = {}
-
-        def run() -> None:
-            try:
-                result = self.function(list(samples))
-                outcome["value"] = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-            except Exception as error:  # handed to the caller's thread, which raises it
-                outcome["error"] = error
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(self.timeout_s)
-        if "error" in outcome:
-            error = outcome["error"]
-            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
-        if "value" not in outcome:
-            raise RewardError(f"reward {self.name!r} did not return within timeout_s = {self.timeout_s} s")
-        return outcome["value"]
-
-
-class HTTPReward:
-    """An endpoint: POST {"samples": [...]} answered by {"scores": [...]}, in batches, with retries and back-off."""
-
-    def __init__(
-        self, url: str, *, name: str = "http", batch_size: int = 64, timeout_s: float = 60.0, retries: int = 3
-    ) -> None:
-        require(url.startswith(("http://", "https://")), f"a reward URL starts with http:// or https://, got {url!r}")
-        self.url, self.name, self.batch_size, self.timeout_s, self.retries = url, name, batch_size, timeout_s, retries
-
-    def __call__(self, samples: Sequence[Sample]) -> SampleScores:
-        scores: list[Any] = []
-        for start in range(0, len(samples), self.batch_size):
-            batch = samples[start : start + self.batch_size]
-            answer = self._post({"samples": [{**asdict(s), "record": dict(s.record)} for s in batch]})
-            if len(answer) != len(batch):
-                raise RewardError(f"{self.url} returned {len(answer)} scores for {len(batch)} samples")
-            scores += answer
-        return scores
-
-    def _post(self, body: dict[str, Any]) -> list[Any]:
-        request = urllib.request.Request(
-            self.url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return json.loads(response.read())["scores"]
-            except (OSError, ValueError, KeyError, TypeError) as error:  # unreachable, slow, or not {"scores": ...}
-                if attempt == self.retries:
-                    raise RewardError(
-                        f"{self.url} failed {attempt + 1} times; the last time: {type(error).__name__}: {error}"
-                    ) from error
-                time.sleep(0.5 * 2**attempt)
-        raise AssertionError("unreachable")
 
 
 class WeightedRewards:
@@ -240,34 +160,24 @@ def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> l
 
 def check_scores(scores: Any, rollout: Rollout, name: str) -> tuple[Tensor, Tensor | None]:
     """Per-sequence scores (B,) and, when per-token lists were given, their (R,) tensor; sums them in the first."""
-    if isinstance(scores, Tensor):
-        scores = scores.tolist()
+    scores = _plain(scores)
     if not isinstance(scores, list | tuple) or len(scores) != len(rollout):
         got = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
         raise RewardError(f"reward {name!r} must return one score per sample ({len(rollout)}), got {got}")
     nested = bool(scores) and isinstance(scores[0], list | tuple)
     for i, score in enumerate(scores):
-        for x in score if nested and isinstance(score, list | tuple) else [score]:
-            if isinstance(x, bool | int | float) and math.isfinite(x):
-                continue
-            raise RewardError(f"reward {name!r} gave {x!r} for sample {i}: a score must be a finite number")
+        if nested != isinstance(score, list | tuple):
+            raise RewardError(f"reward {name!r} gave lists for some samples and numbers for others: give one kind")
+        for x in score if nested else [score]:
+            if not (isinstance(x, int | float) and abs(x) <= LARGEST):  # False for NaN too
+                raise RewardError(f"reward {name!r} gave {x!r:.80} for sample {i}: a score must be a finite number")
     if not nested:
         return torch.tensor([float(s) for s in scores]), None
     return torch.tensor([float(sum(s)) for s in scores]), _token_scores(scores, rollout, name)
 
 
-def import_function(spec: str) -> Callable[..., Any]:
-    """Import "module:function"."""
-    module, _, function = spec.partition(":")
-    require(bool(module and function), f"a function is named 'module:function', got {spec!r}")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {spec!r}: {error}; is its folder on PYTHONPATH?") from error
-
-
 def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> Reward:
-    name = config.name or config.target.rstrip("/").split("/")[-1].split(":")[-1]
+    name = config.log_name
     if config.kind == "function":
         return FunctionReward(config.target, name=name, timeout_s=config.timeout_s)
     if config.kind == "http":
@@ -278,7 +188,8 @@ def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None
             timeout_s=config.timeout_s,
             retries=config.retries,
         )
-    model = models.load_reward_model(config.target, trust_remote_code=config.trust_remote_code).to(device)
+    model = models.load_reward_model(config.target, trust_remote_code=config.trust_remote_code)
+    model = model.to(device)  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature
     tokenizer = _own_tokenizer(config.target, policy_tokenizer, model)
     return RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
 
@@ -295,20 +206,21 @@ def _own_tokenizer(
     size = 0 if policy_tokenizer is None else len(policy_tokenizer)
     require(
         size <= model.config.get_text_config().vocab_size,
-        f"reward model {path!r} has no tokenizer of its own and a vocabulary of {model.config.vocab_size}, smaller than "
-        f"the policy's {size}: put its tokenizer into its folder",
+        f"reward model {path!r} has no tokenizer of its own and a vocabulary of {model.config.vocab_size}, smaller "
+        f"than the policy's {size}: put its tokenizer into its folder",
     )
     return None
 
 
 def _token_scores(scores: Sequence[Sequence[float]], rollout: Rollout, name: str) -> Tensor:
-    """Per response token -> per action. A score on a token the policy did not choose would be lost, so it is refused."""
+    """Per response token -> per action. A score on a token the policy did not choose would be lost: it is refused."""
     lengths = (rollout.cu_seqlens.diff() - rollout.prompt_lengths).tolist()
     flat = torch.zeros(rollout.input_ids.shape[0])
     starts = (rollout.cu_seqlens[:-1] + rollout.prompt_lengths).tolist()
     for i, (row, start, length) in enumerate(zip(scores, starts, lengths, strict=True)):
         if len(row) != length:
-            raise RewardError(f"reward {name!r} gave {len(row)} token scores for the {length} response tokens of sample {i}")
+            wrong = f"gave {len(row)} token scores for the {length} response tokens of sample {i}"
+            raise RewardError(f"reward {name!r} {wrong}")
         flat[start : start + length] = torch.tensor([float(x) for x in row])
     mask = rollout.loss_mask.cpu()
     if bool((flat[~mask] != 0).any()):
@@ -316,10 +228,12 @@ def _token_scores(scores: Sequence[Sequence[float]], rollout: Rollout, name: str
     return flat[mask]
 
 
+def _plain(scores: Any) -> Any:
+    """Tensors and NumPy arrays, also inside lists, as Python numbers."""
+    if isinstance(scores, list | tuple):
+        return [_plain(x) for x in scores]
+    return scores.tolist() if hasattr(scores, "tolist") else scores
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[list[int]]) -> list[str]:
     return [""] * len(ids) if tokenizer is None else tokenizer.batch_decode(list(ids), skip_special_tokens=True)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-

@@ -56,17 +56,19 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return None if value is None or value == "none" else _convert(inner[0], value, where)  # TOML has no null
     if origin is Literal:
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.0)
-        require(value in args, f"{where} must be one of {list(args)}, got {value!r}; did you mean {near[0] if near else args[0]!r}?")
+        hint = f"did you mean {near[0] if near else args[0]!r}?"
+        require(value in args, f"{where} must be one of {list(args)}, got {value!r}; {hint}")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
+        hint = f" (in TOML: [[{where}]])" if dataclasses.is_dataclass(args[0]) else ""
+        require(isinstance(value, list | tuple), f"{where} must be a list{hint}, got {value!r}")
         item = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         require(len(item) == len(value), f"{where} must have {len(item)} entries, got {len(value)}")
         return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(item, value, strict=True)))
     return _scalar(kind, value, where)
 
 
-def _scalar(kind: type, value: Any, where: str) -> Any:
+def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     legal = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

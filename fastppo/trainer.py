@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import distributed, models
 from fastppo.batch import Prompts, Rollout
+from fastppo.checks import require
 from fastppo.config import RunConfig
 from fastppo.data import PromptSource, load_prompts, select
 from fastppo.engine import PPOEngine
-from fastppo.metrics import Metrics, PhaseTimer
+from fastppo.metrics import Metrics, PhaseTimer, require_loggers
 from fastppo.report import progress
 from fastppo.rewards import Scores, WeightedRewards, load_rewards, to_samples
 from fastppo.run_file import to_dict
@@ -38,10 +39,15 @@ class Run:
 def train(config: RunConfig) -> Path:
     """Run PPO as `config` says; returns the run folder.
 
-    Ctrl-C saves a checkpoint and returns. Any other failure saves one too, under `checkpoints/interrupted`, and is raised.
+    Ctrl-C saves a checkpoint under `checkpoints/interrupted` and returns. Any other failure saves it too and is raised.
+    Of several ranks the first one writes everything.
+
+    Raises:
+        ValueError: the config names something that is missing or damaged, or the run folder already holds a run.
+        RewardError: a reward failed.
     """
     run = build(config)
-    with _saved_on_failure(run), progress(config.train.total_steps) as show:
+    with _saved_on_failure(run), progress(config.train.total_steps, quiet=not _writes()) as show:
         evaluate(run, step=0)
         for step in range(1, config.train.total_steps + 1):
             timer = PhaseTimer()
@@ -65,15 +71,30 @@ def train(config: RunConfig) -> Path:
 
 
 def build(config: RunConfig) -> Run:
-    """Load models, rewards and prompts, and open the run folder."""
+    """Open the run folder and load prompts, models and rewards: what is quick to check comes first."""
     distributed.init()
     torch.manual_seed(config.seed)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    folder = _open_folder(config.out)
+    require_loggers(config.train.loggers)
+    device = _device(config.device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
-    policy = models.load_policy(config.policy).to(device)
+    source = PromptSource(
+        load_prompts(config.data.prompts, config.data, tokenizer),
+        config.rollout.num_prompts,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    evals = config.data.eval_prompts
+    held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
+    policy = _to(device, models.load_policy(config.policy))
+    size = models.lm_head(policy).weight.shape[0]
+    require(
+        len(tokenizer) <= size,
+        f"the tokenizer at {config.policy.path!r} has {len(tokenizer)} tokens, but the model only {size}: "
+        "the folder must hold the tokenizer that the model was trained with",
+    )
     rewards = load_rewards(config.rewards, tokenizer, device)
-    prompts = load_prompts(config.data.prompts, config.data, tokenizer)
-    held_out = None if config.data.eval_prompts is None else load_prompts(config.data.eval_prompts, config.data, tokenizer)
     engine = PPOEngine(
         policy,
         critic=_critic(config, policy, rewards, device) if config.ppo.advantage == "gae" else None,
@@ -86,23 +107,15 @@ def build(config: RunConfig) -> Run:
         total_steps=config.train.total_steps,
         seed=config.seed + 100003 * distributed.rank(),  # ranks sample differently (N+ details)
     )
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    source = PromptSource(
-        prompts,
-        config.rollout.num_prompts,
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    metrics = Metrics(folder, config.train.loggers, to_dict(config))
+    if _writes():
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    metrics = Metrics(folder if _writes() else None, config.train.loggers, to_dict(config))
     return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics)
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Sample one response to each held-out prompt, score it, log the means and write the samples."""
-    if run.eval_prompts is None:
+    """Sample one response to each held-out prompt, score it, log the means and write the samples. Not on every rank."""
+    if run.eval_prompts is None or not _writes():
         return {}
     prompts = select(run.eval_prompts, range(min(len(run.eval_prompts), run.config.train.eval_prompts_max)))
     rollout = run.engine.generate(prompts, replace(run.engine.sampling, samples_per_prompt=1))
@@ -135,6 +148,8 @@ def log(run: Run, step: int, stats: dict[str, float], rollout: Rollout, timer: P
 def save(run: Run, name: str) -> Path:
     """Write `checkpoints/<name>` with policy, critic and tokenizer; a half-written folder never has the name."""
     folder = run.folder / "checkpoints" / name
+    if not _writes():
+        return folder
     partial = folder.with_name(f".{name}.partial")
     run.engine.save(partial)
     if folder.exists():
@@ -149,12 +164,42 @@ def _saved_on_failure(run: Run) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"interrupted: saved {save(run, 'interrupted')}")
+        _save_interrupted(run, "interrupted")
     except Exception:
-        print(f"failed: saved {save(run, 'interrupted')}")
+        _save_interrupted(run, "failed")
         raise
     finally:
         run.metrics.close()
+
+
+def _save_interrupted(run: Run, why: str) -> None:
+    folder = save(run, "interrupted")
+    if _writes():
+        print(f"{why}: saved {folder}", flush=True)
+
+
+def _writes() -> bool:
+    """Whether this rank writes to the run folder."""
+    return distributed.rank() == 0
+
+
+def _open_folder(out: str) -> Path:
+    """Make the run folder; one that already holds a run is left alone."""
+    folder, metrics = Path(out), Path(out, "metrics.jsonl")
+    if _writes():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the run folder {out!r}: {error.strerror}") from error
+        used = metrics.exists() and metrics.stat().st_size > 0  # empty: the run failed before its first number
+        require(not used, f"{out!r} already holds a run (its metrics.jsonl): give another `out`, or delete the folder")
+    return folder
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    require(name != "cuda" or available, "device = 'cuda', but torch finds no CUDA device here: use 'auto' or 'cpu'")
+    return torch.device(name if name != "auto" else "cuda" if available else "cpu")
 
 
 def _critic(
@@ -166,5 +211,15 @@ def _critic(
     if config.critic.init == "reward":
         place = next(i for i, r in enumerate(config.rewards) if r.kind == "model")
         reward: Any = rewards.rewards[place]
-        return models.critic_from(reward.model, label=reward.label, gradient_checkpointing=checkpointing).to(device)
-    return models.load_critic(config.critic.init, config.policy.dtype, gradient_checkpointing=checkpointing).to(device)
+        require(
+            reward.tokenizer is None and models.is_decoder(reward.model),
+            "critic.init = 'reward' needs a reward model that reads the policy's tokens from left to right, but "
+            f"{reward.name!r} has a tokenizer of its own or is an encoder: use 'policy' or a checkpoint",
+        )
+        return models.critic_from(reward.model, label=reward.label, gradient_checkpointing=checkpointing)
+    critic = models.load_critic(config.critic.init, config.policy.dtype, gradient_checkpointing=checkpointing)
+    return _to(device, critic)
+
+
+def _to(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(device)  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature

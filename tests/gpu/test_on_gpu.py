@@ -1,0 +1,73 @@
+"""The same laws on a GPU: packed attention, losses and a whole PPO iteration."""
+
+import pytest
+import torch
+
+import tiny
+from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, Rollout, RolloutConfig, attention, models
+from fastppo.microbatch import gather
+from fastppo_kernels import linear_ppo_loss, sample
+from numerics import assert_as_accurate
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+LENGTHS = [9, 1, 14, 3, 30]
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_equals_one_sequence_at_a_time(architecture, dtype):
+    model = tiny.policy(architecture, scale=1.0).to(DEVICE, dtype)
+    ids = [torch.randint(0, tiny.VOCAB, (n,)).tolist() for n in LENGTHS]
+    batch = gather(Rollout.pack(ids, [[] for _ in ids], device=DEVICE), range(len(ids)))
+    packed = models.hidden_states(model, batch)
+    with attention.dense_attention(model):
+        alone = [model.base_model(torch.tensor([row], device=DEVICE), use_cache=False)[0][0] for row in ids]
+    tolerance = 3e-5 if dtype == torch.float32 else 6e-2
+    torch.testing.assert_close(packed, torch.cat(alone), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [127, 5003, 32000])
+def test_linear_ppo_loss_answers_to_float64(vocab, dtype):
+    R, H = 63, 64
+    hidden, weight = torch.randn(R, H), 0.2 * torch.randn(vocab, H)
+    rows = (torch.randint(0, vocab, (R,)), torch.randn(R) - 9, torch.randn(R), torch.rand(R) / R)
+
+    def run(h, w, device):
+        h, w = h.to(device).requires_grad_(), w.to(device).requires_grad_()
+        targets, *others = (x.to(device) for x in rows)
+        others = [x.to(torch.float64 if h.dtype == torch.float64 else torch.float32) for x in others]
+        loss, _ = linear_ppo_loss(h, w, targets, *others)
+        return [loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, (h, w)))]
+
+    h, w = hidden.to(dtype), weight.to(dtype)
+    truth, base, actual = run(h.double(), w.double(), "cpu"), run(h, w, "cpu"), run(h, w, DEVICE)
+    for name, a, b, t in zip(("loss", "dhidden", "dweight"), actual, base, truth, strict=True):
+        assert_as_accurate(name, a, b, t, atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def test_sampling_on_the_gpu_draws_the_same_tokens():
+    logits, uniform = 3 * torch.randn(64, 5003), torch.rand(64)
+    tokens, logprobs = sample(logits, uniform)
+    on_gpu = sample(logits.to(DEVICE), uniform.to(DEVICE))
+    assert (on_gpu[0].cpu() == tokens).float().mean() > 0.97  # a cumulative sum may round across a border
+    same = on_gpu[0].cpu() == tokens
+    torch.testing.assert_close(on_gpu[1].cpu()[same], logprobs[same], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_ppo_iteration_runs_and_starts_at_ratio_one(dtype):
+    policy = tiny.policy(scale=1.0).to(DEVICE, dtype)
+    engine = PPOEngine(
+        policy,
+        ppo=PPOConfig(num_epochs=2, num_minibatches=2, truncation="none"),
+        rollout=RolloutConfig(num_prompts=8, max_new_tokens=12, temperature=1.0),
+        policy_optimizer=OptimizerConfig(lr=1e-3),
+    )
+    prompts = Prompts(token_ids=tuple((i, i + 1) for i in range(8)))
+    for _ in range(3):
+        rollout = engine.generate(prompts)
+        stats = engine.update(engine.score(rollout, [float(r.count(7)) for _, r in rollout.sequences()]))
+        assert stats["val/ratio_max_first"] == 1.0 and stats["policy/clipfrac_first"] == 0.0
+        assert stats["policy/skipped_steps"] == 0

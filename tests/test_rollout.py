@@ -1,0 +1,153 @@
+"""The embedded engine: repeatable, tidy, and its log-probs are the trainer's."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from batches import (
+    one_thread,  # noqa: F401
+    prompts,
+)
+from fastppo import Prompts, Rollout, Sampling
+from fastppo.attention import PACKED
+from fastppo.rollout import EmbeddedEngine
+from fastppo.score import action_logprobs
+
+ENDS = (3, 17, 30, 31, 38)
+
+
+def sampler(architecture: str = "llama", **kwargs: Any) -> EmbeddedEngine:
+    return EmbeddedEngine(tiny.policy(architecture), **{"eos_token_ids": ENDS, "seed": 5, **kwargs})
+
+
+def responses(rollout: Rollout) -> list[list[int]]:
+    return [response for _, response in rollout.sequences()]
+
+
+def test_the_seed_fixes_what_is_drawn() -> None:
+    one, same, other = (sampler(seed=s).generate(prompts(16), Sampling()) for s in (5, 5, 6))
+    assert responses(one) == responses(same) != responses(other)
+    assert one.logprobs is not None and same.logprobs is not None and torch.equal(one.logprobs, same.logprobs)
+
+
+def test_two_calls_draw_differently() -> None:
+    made = sampler()
+    assert responses(made.generate(prompts(16), Sampling())) != responses(made.generate(prompts(16), Sampling()))
+
+
+def test_the_global_generator_is_not_touched() -> None:
+    made, before = sampler(), torch.get_rng_state()
+    before = torch.get_rng_state()
+    made.generate(prompts(), Sampling())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_policy_is_left_as_found(training: bool) -> None:
+    made = sampler()
+    made.policy.train(training)
+    made.generate(prompts(), Sampling())
+    assert all(m.training == training for m in made.policy.modules())
+    assert made.policy.config._attn_implementation == PACKED
+
+
+def test_a_failure_leaves_the_policy_as_found() -> None:
+    made = sampler()
+    with pytest.raises(IndexError):
+        made.generate(Prompts(token_ids=((tiny.VOCAB + 5,),)), Sampling())
+    assert made.policy.training and made.policy.config._attn_implementation == PACKED
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_log_probs_are_the_trainers(architecture: str, checkpointing: bool) -> None:
+    """Through padding, cache, compaction and several chunks, longer than the sliding window."""
+    made = sampler(architecture, max_rows=12)
+    if checkpointing:
+        made.policy.gradient_checkpointing_enable({"use_reentrant": False})
+    rollout = made.generate(prompts(20), Sampling(temperature=0.8, max_new_tokens=20, samples_per_prompt=2))
+    ours = action_logprobs(made.policy, rollout, temperature=0.8, max_tokens=200)
+    assert rollout.exact
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+    assert len({len(r) for r in responses(rollout)}) > 3  # rows did end at different times
+
+
+def test_finish_reason_says_how_it_ended() -> None:
+    rollout = sampler().generate(prompts(64), Sampling(max_new_tokens=10))
+    for response, reason in zip(responses(rollout), rollout.finish_reasons, strict=True):
+        assert reason == ("stop" if response[-1] in ENDS else "length")
+        assert reason == "stop" or len(response) == 10
+        assert not {*response[:-1]} & {*ENDS}
+    assert {*rollout.finish_reasons} == {"stop", "length"}
+
+
+def test_an_end_at_the_very_limit_is_a_stop() -> None:
+    made = sampler(eos_token_ids=range(tiny.VOCAB))
+    rollout = made.generate(prompts(), Sampling(max_new_tokens=1))
+    assert {*rollout.finish_reasons} == {"stop"}
+
+
+def test_samples_of_a_prompt_stand_together_in_order() -> None:
+    given = Prompts(token_ids=((1, 2), (3,), (4, 5, 6)), records=tuple({"n": i} for i in range(3)))
+    rollout = sampler(max_rows=4).generate(given, Sampling(samples_per_prompt=3))
+    assert rollout.group_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [tuple(p) for p, _ in rollout.sequences()] == [p for p in given.token_ids for _ in range(3)]
+    assert [r["n"] for r in rollout.records] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({tuple(r) for r in responses(rollout)}) > 3
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_greedy_responses_do_not_depend_on_who_is_beside_them(architecture: str, max_rows: int) -> None:
+    given = prompts(17)
+    together = sampler(architecture, max_rows=max_rows).generate(given, Sampling(top_k=1, max_new_tokens=12))
+    model = tiny.raw_lm(architecture).eval()
+    model.set_attn_implementation("eager")
+    for (prompt, response), _ in zip(together.sequences()[:6], range(6), strict=True):
+        ids = list(prompt)
+        for token in response:
+            with torch.no_grad():
+                assert int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+    alone = sampler(architecture).generate(given, Sampling(top_k=1, max_new_tokens=12))
+    assert responses(together) == responses(alone)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 3}, {"top_p": 0.2}], ids=str)
+def test_truncated_sampling_draws_from_the_top_only(sampling: dict[str, Any]) -> None:
+    made = sampler(eos_token_ids=())
+    rollout = made.generate(Prompts(token_ids=((1, 2),) * 200), Sampling(max_new_tokens=1, **sampling))
+    logprobs = action_logprobs(
+        made.policy, Rollout.pack([[1, 2]] * 48, [[t] for t in range(48)]), temperature=1.0, max_tokens=1000
+    )
+    ranked = logprobs.argsort(descending=True)
+    mass = logprobs[ranked].exp().cumsum(0)
+    size = sampling.get("top_k") or int((mass < 0.2).sum()) + 1
+    drawn = {response[0] for response in responses(rollout)}
+    assert drawn == {*ranked[:size].tolist()}
+
+
+def test_frequencies_are_the_policy_s_probabilities() -> None:
+    made = sampler(eos_token_ids=(), max_rows=5000)
+    rollout = made.generate(Prompts(token_ids=((1, 2),) * 5000), Sampling(max_new_tokens=1, temperature=0.6))
+    alphabet = Rollout.pack([[1, 2]] * 48, [[t] for t in range(48)])
+    expected = action_logprobs(made.policy, alphabet, temperature=0.6, max_tokens=1000).exp() * 5000
+    counts = torch.tensor([r[0] for r in responses(rollout)]).bincount(minlength=48)
+    assert float(((counts - expected).square() / expected).sum()) < 83  # chi-square, 47 degrees of freedom, p = 0.001
+
+
+def test_context_overflow_is_refused_with_numbers() -> None:
+    with pytest.raises(ValueError, match=r"prompt of 100 tokens plus max_new_tokens = 53 exceeds .* context of\s+128"):
+        sampler().generate(Prompts(token_ids=((1,) * 100,)), Sampling())
+
+
+def test_a_context_that_is_just_full_is_sampled() -> None:
+    rollout = sampler("gpt2", eos_token_ids=()).generate(Prompts(token_ids=((1,) * 100,)), Sampling(max_new_tokens=28))
+    assert len(responses(rollout)[0]) == 28
+
+
+def test_weights_of_another_module_are_refused() -> None:
+    with pytest.raises(ValueError, match="built on"):
+        sampler().sync_weights(tiny.policy(), 1)
