@@ -200,6 +200,11 @@ class PPOConfig:
         require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
         finite = math.isfinite(self.missing_eos_score)
         require(finite, f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
+        require(
+            self.objective == "clip" or self.num_epochs * self.num_minibatches > 1,
+            "ppo.objective = 'kl-penalty' adapts to how far the update moved, which takes at least two steps: raise "
+            "ppo.num_epochs or ppo.num_minibatches",
+        )
         require(not self.roll_back or self.target_kl is not None, "ppo.roll_back needs ppo.target_kl, got None")
         require(
             self.kl_in == "loss" or not self.kl_estimator.endswith("+"),

@@ -1,5 +1,6 @@
 """The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,4 +192,6 @@ def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
 
 
 def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
-    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}
+    """Means over the steps that were taken; a skipped one has no finite norm."""
+    taken = {role: [x for x in values if math.isfinite(x)] for role, values in norms.items()}
+    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in taken.items() if values}
