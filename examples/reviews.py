@@ -1,10 +1,10 @@
-"""Film reviews on a CPU, from nothing: language model, sentiment reward model, PPO towards praise, an independent judge.
+"""Film reviews on a CPU, from nothing: language model, sentiment reward model, PPO towards praise, an outside judge.
 
     python examples/reviews.py negative.txt positive.txt --out runs/reviews
 
-The two files hold one review per line. The language model reads all of them but the held-out ones; the reward model learns from
-one half, the judge (a linear classifier on words and word pairs) from the other, so that PPO cannot please the judge by what is
-peculiar to the reward model.
+The two files hold one review per line. The language model reads all of them but the held-out ones; the reward model
+learns from one half, the judge (a linear classifier on words and word pairs) from the other, so that PPO cannot please
+the judge by what is peculiar to the reward model.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import random
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ FEATURES = 1 << 16  # hashed words and word pairs of the judge
 Review = tuple[str, int]  # text, 1 for praise
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Optimizer steps of each stage; the defaults fit two CPU cores in ten minutes."""
+
+    lm_steps: int = 700
+    reward_steps: int = 200
+    ppo_steps: int = 60
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("negative", type=Path, help="file with one negative review per line")
@@ -54,24 +64,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    run(read(args.negative, 0) + read(args.positive, 1), args.out, args.seed, Sizes())
+
+
+def run(reviews: list[Review], out: Path, seed: int, sizes: Sizes) -> dict[str, float]:
+    """All stages; returns the judge's verdict (see `report`)."""
     start = time.perf_counter()
-    for_reward, for_judge, held_out = split(read(args.negative, 0) + read(args.positive, 1), args.seed)
+    for_reward, for_judge, held_out = split(reviews, seed)
     judge = Judge(for_judge)
     print(f"judge: {judge.accuracy(for_reward):.3f} accuracy on the reviews of the reward model")
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer([text for text, _ in for_reward + for_judge])
-    policy = train_language_model(tokenizer, for_reward + for_judge, args.seed)
-    models.save(policy, args.out / "lm", tokenizer)
-    reward = train_reward_model(policy, tokenizer, for_reward, args.seed)
-    models.save(reward, args.out / "reward", tokenizer)
-    write_prompts(args.out / "prompts.jsonl", [text for text, _ in for_reward + for_judge])
-    write_prompts(args.out / "held_out.jsonl", [text for text, _ in held_out])
-    folder = train(run_config(args.out, args.seed))
-    report(folder, judge, time.perf_counter() - start)
+    policy = train_language_model(tokenizer, for_reward + for_judge, sizes.lm_steps, seed)
+    models.save(policy, out / "lm", tokenizer)
+    reward = train_reward_model(policy, tokenizer, for_reward, sizes.reward_steps, seed)
+    models.save(reward, out / "reward", tokenizer)
+    write_prompts(out / "prompts.jsonl", [text for text, _ in for_reward + for_judge])
+    write_prompts(out / "held_out.jsonl", [text for text, _ in held_out])
+    folder = train(run_config(out, seed, sizes.ppo_steps))
+    return report(folder, judge, time.perf_counter() - start)
 
 
-def run_config(out: Path, seed: int) -> RunConfig:
+def run_config(out: Path, seed: int, steps: int) -> RunConfig:
     optimizer = OptimizerConfig(lr=2e-4, schedule="linear")
     return RunConfig(
         policy=ModelConfig(path=str(out / "lm")),
@@ -82,7 +97,7 @@ def run_config(out: Path, seed: int) -> RunConfig:
         ppo=PPOConfig(num_epochs=2, num_minibatches=4, kl_coef=0.1, missing_eos_score=-3.0),
         policy_optimizer=optimizer,
         critic_optimizer=optimizer,
-        train=TrainConfig(total_steps=60, eval_every=30, eval_prompts_max=NUM_HELD_OUT),
+        train=TrainConfig(total_steps=steps, eval_every=steps, eval_prompts_max=NUM_HELD_OUT),
         out=str(out / "ppo"),
         seed=seed,
     )
@@ -105,7 +120,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def train_language_model(tokenizer: Any, reviews: Sequence[Review], seed: int) -> Any:
+def train_language_model(tokenizer: Any, reviews: Sequence[Review], steps: int, seed: int) -> Any:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -121,18 +136,18 @@ def train_language_model(tokenizer: Any, reviews: Sequence[Review], seed: int) -
     )
     policy = models.prepare_policy(models.new_causal_lm(config))
     examples = [(ids[:1], ids[1:]) for ids in encode(tokenizer, [text for text, _ in reviews])]
-    pretrain.train_supervised(policy, examples, steps=700, batch_size=64, lr=3e-3, seed=seed)
+    pretrain.train_supervised(policy, examples, steps=steps, batch_size=64, lr=3e-3, seed=seed)
     return policy
 
 
-def train_reward_model(policy: Any, tokenizer: Any, reviews: Sequence[Review], seed: int) -> Any:
+def train_reward_model(policy: Any, tokenizer: Any, reviews: Sequence[Review], steps: int, seed: int) -> Any:
     """Praise is preferred to blame, whatever the film."""
     reward = models.reward_model_from(policy)
     good, bad = (encode(tokenizer, [text for text, label in reviews if label == side]) for side in (1, 0))
     pairs = list(zip(good, bad, strict=False))
     random.Random(seed).shuffle(bad)
     pairs += list(zip(good, bad, strict=False))
-    pretrain.train_reward_model(reward, pairs, steps=200, batch_size=32, lr=5e-4, seed=seed)
+    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=32, lr=5e-4, seed=seed)
     return reward
 
 
@@ -181,21 +196,24 @@ def features(text: str) -> list[int]:
     return [zlib.crc32(feature.encode()) % FEATURES for feature in words + pairs] or [0]
 
 
-def report(folder: Path, judge: Judge, seconds: float) -> None:
-    """Before and after on the held-out prompts, by the judge, with samples."""
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def report(folder: Path, judge: Judge, seconds: float) -> dict[str, float]:
+    """Before and after on the held-out prompts: samples, the judge's verdict in percent, KL of the last step."""
+    samples = read_jsonl(folder / "samples.jsonl")
     last = max(row["step"] for row in samples)
-    before, after = ([row for row in samples if row["step"] == step] for step in (0, last))
-    rates = [
-        100 * float(judge.positive([r["prompt"] + r["response"] for r in rows]).float().mean())
-        for rows in (before, after)
-    ]
-    kl = [row["objective/kl"] for row in steps if "objective/kl" in row][-1]
-    for title, rows in (("before", before), ("after", after)):
+    verdict: dict[str, float] = {}
+    for title, step in (("before", 0), ("after", last)):
+        rows = [row for row in samples if row["step"] == step]
         table(f"five samples {title} PPO", ("prompt", "response"), [(r["prompt"], r["response"]) for r in rows[:5]])
-    print(f"judge: {rates[0]:.1f} % positive before, {rates[1]:.1f} % after (+{rates[1] - rates[0]:.1f} points)")
-    print(f"KL to the reference: {kl:.2f} nats per response; {seconds:.0f} s in all; run folder {folder}")
+        verdict[title] = 100 * float(judge.positive([r["prompt"] + r["response"] for r in rows]).float().mean())
+    verdict["kl"] = [row["objective/kl"] for row in read_jsonl(folder / "metrics.jsonl") if "objective/kl" in row][-1]
+    gain = verdict["after"] - verdict["before"]
+    print(f"judge: {verdict['before']:.1f} % positive before, {verdict['after']:.1f} % after ({gain:+.1f} points)")
+    print(f"KL to the reference: {verdict['kl']:.2f} nats per response; {seconds:.0f} s in all; run folder {folder}")
+    return verdict
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def test_matches_float64(shape, with_bias, dtype):
     upstream = torch.randn(*rows, V)
     doubles = [None if t is None else t.double() for t in (x, weight, bias)]
     truth, base = run(F.linear, *doubles, upstream), run(F.linear, x, weight, bias, upstream)
-    for name, a, b, t in zip("y dx dW db".split(), run(linear, x, weight, bias, upstream), base, truth, strict=False):
+    for name, a, b, t in zip(
+        ["y", "dx", "dW", "db"], run(linear, x, weight, bias, upstream), base, truth, strict=False
+    ):
         assert a.dtype == dtype
         assert_as_accurate(name, a, b, t, atol=1e-5)
 
