@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models as token_models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fastppo import models, pretrain
@@ -164,7 +165,7 @@ def _train_reward(
 
 
 def _wrong(right: int, rng: random.Random) -> str:
-    """A wrong answer: a wrong last digit (the hard one to judge) or first digit, any number, or not two digits at all."""
+    """A wrong answer: a wrong last digit (the hard one to judge), a wrong first one, any number, or no two digits."""
     tens, ones = divmod(right, 10)
     wrong = rng.choices(
         [

@@ -1,7 +1,8 @@
 """The four roles: policy, reference, reward, critic. Load, call, save.
 
 The only file that names transformers' model classes. All roles are ordinary transformers models with packed attention
-and dropout off, saved so that the AutoModel classes load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
+and dropout off, saved so that the AutoModel classes load them: the policy as a causal LM, the critic as a token
+classifier with one label (the value of each state).
 """
 
 import copy
@@ -171,7 +172,7 @@ def value_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def classify(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """What the head of a critic or reward model makes of hidden states (n, H): float32 (n, labels), whatever its dtype."""
+    """The classification head on hidden states (n, H): float32 (n, labels), whatever dtype either has."""
     head = value_head(model)
     return nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 

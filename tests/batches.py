@@ -1,9 +1,8 @@
 """Engines, random trajectories and recorded gradients that several test files share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,15 +12,6 @@ from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, Rollout, Rol
 
 LENGTHS = ((3, 5), (1, 2), (6, 9), (2, 1), (4, 4), (5, 7), (2, 6), (3, 3))  # (prompt, response) tokens of 8 sequences
 SCORES = [0.3, -1.2, 2.0, 0.5, -0.4, 1.1, 0.0, -2.2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are ten times slower on two threads; a test file imports the fixture to have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens(count: int, generator: torch.Generator | None = None, vocab: int = tiny.VOCAB) -> list[int]:

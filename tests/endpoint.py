@@ -25,7 +25,7 @@ class Server:
 def serve_fixture() -> Iterator[Callable[..., Server]]:
     running: list[tuple[ThreadingHTTPServer, Server]] = []
 
-    def start(*replies: Any) -> Server:  # a reply: status, bytes, JSON, a function of the samples, "wait", "hang up"
+    def start(*replies: Any) -> Server:  # status, bytes, JSON, function of the samples, or what is below
         server = Server(list(replies))
 
         class Handler(BaseHTTPRequestHandler):
@@ -39,10 +39,12 @@ def serve_fixture() -> Iterator[Callable[..., Server]]:
                 if reply in ("wait", "hang up"):
                     return self.connection.shutdown(socket.SHUT_RDWR)
                 self.send_response(reply if isinstance(reply, int) else 200)
+                if reply == "cut short":
+                    self.send_header("Content-Length", "100")
                 self.end_headers()
                 self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
 
-            def log_message(self, *_: Any) -> None: ...
+            def log_message(self, format: str, *args: Any) -> None: ...
 
         listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.url = f"http://127.0.0.1:{listener.server_port}/score"

@@ -10,7 +10,6 @@ import tiny
 from batches import (
     SCORES,
     engine,
-    one_thread,  # noqa: F401
     prompts,
     trajectories,
     with_random_head,

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import runs
 import tiny
-from batches import SCORES, engine, one_thread, prompts, weights  # noqa: F401
+from batches import SCORES, engine, prompts, weights
 from fastppo import FunctionReward, ModelConfig, PPOEngine, RewardConfig, RewardError, Rollout, WeightedRewards, models
 from fastppo.rewards import load_rewards
 from fastppo.trainer import build

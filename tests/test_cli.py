@@ -1,5 +1,6 @@
 """The `fastppo` command: overrides reach the run, help names every key, and bad input ends with one line and a code."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 
 import runs
-from batches import one_thread  # noqa: F401
 from fastppo import load_config
 from fastppo.cli import main, parse_run
 from fastppo.run_file import to_dict
@@ -21,7 +21,8 @@ TWO_REWARDS = [{"kind": "function", "target": "runs:digits"}, {"kind": "http", "
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The installed script, as a shell would start it."""
     script = str(Path(sys.executable).with_name("fastppo"))
-    return subprocess.run([script, *args], cwd=cwd, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([script, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def failure(args: Sequence[str], capsys: Any) -> tuple[int, str]:
@@ -34,15 +35,13 @@ def failure(args: Sequence[str], capsys: Any) -> tuple[int, str]:
     return ended.value.code, re.sub(r"[\s│╭╮╰╯─]+", " ", err)
 
 
-def flat(tables: Any, where: str = "") -> dict[str, Any]:
-    if not isinstance(tables, dict | tuple | list) or not tables or not isinstance(tables, dict) and _is_leaf(tables):
-        return {where[:-1]: tables}
-    items = tables.items() if isinstance(tables, dict) else enumerate(tables)
-    return {k: v for name, value in items for k, v in flat(value, f"{where}{name}.").items()}
-
-
-def _is_leaf(values: Sequence[Any]) -> bool:
-    return not isinstance(values[0], dict)
+def flat(value: Any, where: str = "") -> dict[str, Any]:
+    """Nested tables -> one value per dotted key."""
+    if isinstance(value, tuple) and any(isinstance(v, dict) for v in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {where: value}
+    return {k: v for name, inner in value.items() for k, v in flat(inner, f"{where}.{name}".lstrip(".")).items()}
 
 
 def test_overrides_change_their_keys_and_nothing_else(tmp_path: Path) -> None:
@@ -165,7 +164,8 @@ def test_a_reward_that_fails_is_one_line_and_code_1(tmp_path: Path, capsys: Any)
 
 def test_the_script_trains_with_a_reward_of_the_folder_it_is_started_in(tmp_path: Path) -> None:
     """As `python -m fastppo` does; and what it prints is the run, not the loading of weights."""
-    (tmp_path / "my_rewards.py").write_text("def score(samples):\n    return [float(len(s.response)) for s in samples]\n")
+    source = "def score(samples):\n    return [float(len(s.response)) for s in samples]\n"
+    (tmp_path / "my_rewards.py").write_text(source)
     path = runs.run_file(tmp_path, rewards=[{"kind": "function", "target": "my_rewards:score", "name": "characters"}])
     done = command("train", path, "--train.total-steps", "1", "--out", "mine", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

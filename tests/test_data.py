@@ -1,4 +1,4 @@
-"""Prompts: each record becomes the token ids it says and is used equally often; nothing is cut or dropped in silence."""
+"""Prompts: a record becomes the token ids it says and is used equally often; nothing is cut or left out in silence."""
 
 import json
 import re

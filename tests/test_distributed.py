@@ -14,7 +14,6 @@ from batches import (
     assert_same_numbers,
     engine,
     largest_gap,
-    one_thread,  # noqa: F401
     trajectories,
     weights,
     with_random_head,

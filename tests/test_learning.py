@@ -17,7 +17,6 @@ from batches import (
     bfloat16,
     engine,
     largest_gap,
-    one_thread,  # noqa: F401
     prompts,
     trajectories,
     weights,

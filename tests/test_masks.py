@@ -12,7 +12,6 @@ from batches import (
     engine,
     equal_weights,
     largest_gap,
-    one_thread,  # noqa: F401
     recorded_gradients,
     trajectories,
     weights,

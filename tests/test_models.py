@@ -19,7 +19,6 @@ from batches import (
     bfloat16,
     engine,
     largest_gap,
-    one_thread,  # noqa: F401
     recorded_gradients,
     trajectories,
     weights,

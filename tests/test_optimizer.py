@@ -11,7 +11,6 @@ from batches import (
     bfloat16,
     engine,
     equal_weights,
-    one_thread,  # noqa: F401
     trajectories,
     weights,
     with_random_head,

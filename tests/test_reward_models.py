@@ -17,7 +17,6 @@ from transformers import (
 import tiny
 from batches import (
     bfloat16,
-    one_thread,  # noqa: F401
     trajectories,
 )
 from fastppo import RewardConfig, RewardModel, Rollout, WeightedRewards, models

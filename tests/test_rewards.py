@@ -177,7 +177,7 @@ def test_an_endpoint_is_sent_whole_samples_in_batches(serve: Any) -> None:
 
 
 def test_an_endpoint_may_score_tokens(serve: Any) -> None:
-    made = WeightedRewards([HTTPReward(serve({"scores": PER_TOKEN}).url)])(ROLLOUT)
+    made: Any = WeightedRewards([HTTPReward(serve({"scores": PER_TOKEN}).url)])(ROLLOUT)
     assert made.tokens.tolist() == [0.5, -1.0, 2.0, 0.25]
 
 
@@ -198,6 +198,7 @@ def test_an_endpoint_that_comes_back_loses_nothing(serve: Any) -> None:
         ({"scores": 3}, 'the answer must be {"scores": [...]}'),
         ("wait", "timed out"),
         ("hang up", "Remote end closed connection"),
+        ("cut short", "IncompleteRead"),
     ],
     ids=str,
 )

@@ -7,7 +7,6 @@ import torch
 
 import tiny
 from batches import (
-    one_thread,  # noqa: F401
     prompts,
 )
 from fastppo import Prompts, Rollout, Sampling

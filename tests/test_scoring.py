@@ -12,7 +12,6 @@ from batches import (
     bfloat16,
     engine,
     equal_weights,
-    one_thread,  # noqa: F401
     prompts,
     trajectories,
     weights,

@@ -13,7 +13,6 @@ from batches import (
     engine,
     equal_weights,
     largest_gap,
-    one_thread,  # noqa: F401
     prompts,
     trajectories,
     weights,

@@ -13,7 +13,6 @@ from batches import (
     SCORES,
     engine,
     equal_weights,
-    one_thread,  # noqa: F401
     prompts,
     trajectories,
     weights,

@@ -41,7 +41,7 @@ ARCHITECTURES = tuple(CONFIGS)
 
 
 def raw_lm(architecture: str = "llama", *, seed: int = 0, scale: float = 5.0) -> PreTrainedModel:
-    """A causal LM as transformers makes it. `scale` widens the weights, so that its distribution is far from uniform."""
+    """A causal LM as transformers makes it; `scale` widens the weights, so that it is far from uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
     with torch.no_grad():
