@@ -56,7 +56,7 @@ def build_engine(max_tokens: int) -> tuple[PPOEngine, WeightedRewards]:
         seed=SETTING.sampling_seed,
     )
     reward = models.reward_model_from(four.reward)
-    reward.score.load_state_dict(four.reward.score.state_dict())
+    models.value_head(reward).load_state_dict(four.reward.score.state_dict())
     return engine, WeightedRewards([RewardModel(models.frozen(reward))])
 
 

@@ -17,7 +17,7 @@ def held_out() -> Iterator[dict[str, Any]]:
 
 
 def _split(name: str) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
+    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
     for row in load_dataset(DATASET, split=name):
         yield {"prompt": row["query"], "reference": row["reference_response"]}

@@ -1,5 +1,6 @@
 """From scores to advantages: score shaping, per-token rewards, GAE and the critic-free estimators, KL controllers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fastppo import distributed
 from fastppo.aggregate import sequence_index, sequence_sums
+from fastppo.batch import cumulative
 from fastppo.checks import require
 from fastppo.config import AdvantageEstimator, PPOConfig
 from fastppo_kernels import gae, token_rewards, whiten
@@ -52,7 +54,7 @@ class KLController:
             num_sequences: responses it was taken over.
         """
         if self.target is not None:
-            error = max(-0.2, min(0.2, kl / self.target - 1))
+            error = max(-0.2, min(0.2, kl / self.target - 1)) if math.isfinite(kl) else 0.0
             self.coef *= 1 + error * num_sequences / self.horizon
 
 
@@ -64,18 +66,25 @@ class PenaltyController:
     target: float
 
     def update(self, kl: float) -> None:
-        """`kl`: mean per token after the update, nats."""
+        """`kl`: mean per token of the last minibatch, before its own step, nats."""
         if kl > 1.5 * self.target:
             self.coef *= 2
         elif kl < self.target / 1.5:
             self.coef /= 2
 
 
-def shape_scores(scores: Tensor, truncated: Tensor, config: PPOConfig, moments: RunningMoments) -> Tensor:
-    """Normalise, clip and, for cut responses, replace scores. (B,) -> (B,).
+def shape_scores(
+    scores: Tensor, token_scores: Tensor | None, truncated: Tensor, cu_seqlens: Tensor,
+    config: PPOConfig, moments: RunningMoments,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Normalise, clip and, for cut responses, replace scores: (B,) per response, (R,) per action where given.
 
-    The penalty replaces the score (N+ "EOS trick"): a cut response earns exactly `missing_eos_score`.
+    The penalty replaces all scores (N+ "EOS trick"): a cut response earns exactly `missing_eos_score`.
     """
+    require(
+        token_scores is None or not (config.normalize_scores or config.clip_scores),
+        "ppo.normalize_scores and ppo.clip_scores work on one score per response, but a reward gave scores per token",
+    )
     if config.normalize_scores:
         moments.update(scores)
         scores = (scores - moments.mean) / (moments.std + 1e-8)
@@ -83,7 +92,9 @@ def shape_scores(scores: Tensor, truncated: Tensor, config: PPOConfig, moments: 
         scores = scores.clamp(-config.clip_scores, config.clip_scores)
     if config.truncation == "penalty":
         scores = torch.where(truncated, config.missing_eos_score, scores)
-    return scores
+        if token_scores is not None:
+            token_scores = torch.where(truncated[sequence_index(cu_seqlens)], 0.0, token_scores)
+    return scores, token_scores
 
 
 def shape_rewards(
@@ -91,12 +102,14 @@ def shape_rewards(
     cu_seqlens: Tensor, kl_coef: float, config: PPOConfig,
 ) -> Tensor:  # fmt: skip
     """Reward of every action, (R,): the score on the last one, token scores, and -kl_coef * KL if in the reward."""
-    num_actions = int(cu_seqlens[-1])
-    nothing = torch.zeros(num_actions, device=scores.device)
+    counts = cu_seqlens.diff()
+    nothing = torch.zeros(int(cu_seqlens[-1]), device=scores.device)
+    live = counts > 0  # an empty response has no action to reward
+    scores, cu_seqlens = scores[live], cumulative(counts[live]).to(scores.device)
     in_reward = config.kl_in == "reward" and logprobs is not None and ref_logprobs is not None
     rewards = token_rewards(
         scores,
-        logprobs if in_reward else nothing,
+        logprobs if in_reward and logprobs is not None else nothing,
         ref_logprobs if in_reward else nothing,
         cu_seqlens,
         kl_coef=kl_coef if in_reward else 0.0,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastppo.batch import cumulative
+from fastppo.checks import InputError
 
 PACKED = "fastppo_packed"
 Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
@@ -89,7 +90,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; returns (1, N, heads, D). Dropout is off everywhere in PPO."""
     if packing is None or attention_mask is not None:
-        raise ValueError(
+        raise InputError(
             "this model's attention is fastppo's packed one: call it through fastppo.models.hidden_states, or wrap an "
             "ordinary forward in `with fastppo.attention.dense_attention(model):`"
         )
@@ -157,6 +158,8 @@ def _bucket_attention(
         out = _soft_capped(q, k, v, scaling, window, softcap)
     else:
         mask = None if window is None or window >= T else _causal_mask(T, window, q.device)
+        if q.is_cuda:  # there grouped heads would take the kernel that stores all scores
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa

@@ -5,7 +5,7 @@ Padding exists nowhere here; masks come from lengths and from the rollout, never
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -133,7 +133,7 @@ class Rollout:
         require(B > 0, "a rollout needs at least one sequence, got none")
         _require_length("responses", responses, B)
         lengths = [len(r) for r in responses]
-        reasons = tuple(finish_reasons if finish_reasons is not None else ["stop"] * B)
+        reasons: tuple[FinishReason, ...] = tuple(finish_reasons) if finish_reasons is not None else ("stop",) * B
         _require_length("finish_reasons", reasons, B)
         for reason in reasons:
             require(reason in ("stop", "length"), f"finish_reason must be 'stop' or 'length', got {reason!r}")
@@ -165,6 +165,13 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.finish_reasons)
+
+    def to(self, device: torch.device) -> "Rollout":
+        """The same rollout with its tensors on `device`."""
+        if self.input_ids.device == device:
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     @property
     def action_index(self) -> Tensor:
@@ -204,6 +211,7 @@ class Experience:
     mask: Tensor  # (R,) bool, False: the action is left out of the loss
     is_weights: Tensor | None  # truncated importance weights, or None
     policy_version: int  # of the policy that `logprobs` belongs to
+    logprobs_are_policys: bool  # False: they are another engine's account of it, so the ratio may start off 1
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:

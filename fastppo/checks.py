@@ -4,10 +4,14 @@ import math
 from typing import Any
 
 
+class InputError(ValueError):
+    """What the user gave cannot be used, and the message says all there is to say. Any other ValueError is a bug."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless `condition` holds."""
+    """Raise `InputError(message)` unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 def require_positive(section: str, config: Any, *names: str) -> None:

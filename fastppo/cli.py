@@ -8,6 +8,7 @@ import transformers
 import tyro
 
 from fastppo import doctor as doctor_module
+from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
 from fastppo.rewards import RewardError
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             commands = {"train": train, "demo": demo, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
-    except (ValueError, RewardError) as error:
+    except (InputError, RewardError) as error:
         print(f"fastppo: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RewardError) else 2) from error
     except KeyboardInterrupt as error:

@@ -55,6 +55,8 @@ class RewardConfig:
     weight: float = 1.0
     name: str = ""
     """Name in the logs; empty: made from `target`."""
+    dtype: Dtype = "float32"
+    """Dtype of a reward model's weights."""
     label: int = 0
     """Which logit of a reward model with several labels is the score."""
     batch_size: int = 64
@@ -155,8 +157,10 @@ class PPOConfig:
     entropy_coef: float = 0.0
     gamma: float = 1.0
     lam: float = 0.95
+    """GAE's lambda; without a critic it has no part."""
     advantage: AdvantageEstimator = "gae"
     whiten_advantages: bool = True
+    """For gae and reinforce++; the group estimators are normalised by their groups."""
     whiten_rewards: bool = False
     """Divide per-token rewards by their standard deviation (their mean is kept)."""
     normalize_scores: bool = False
@@ -177,9 +181,10 @@ class PPOConfig:
     kl_horizon: int = 10000
     """Responses over which the adaptive controller corrects."""
     target_kl: float | None = None
-    """Stop the update when a minibatch is farther than this from the old policy (mean k3 per token)."""
+    """Stop the update before the step of a minibatch that is farther than this from the old policy (mean k3 per token).
+    What the last step does is seen in the next iteration."""
     roll_back: bool = False
-    """When target_kl stops the update, also undo the step that went too far."""
+    """When target_kl stops the update, also undo the step that went too far; keeps a copy of weights and Adam state."""
     aggregation: Aggregation = "token-mean"
     loss_divisor: int | None = None
     """Tokens per sequence that `constant` aggregation divides by (Dr.GRPO, arXiv:2503.20783); None: max_new_tokens."""
@@ -204,6 +209,26 @@ class PPOConfig:
             self.objective == "clip" or self.num_epochs * self.num_minibatches > 1,
             "ppo.objective = 'kl-penalty' adapts to how far the update moved, which takes at least two steps: raise "
             "ppo.num_epochs or ppo.num_minibatches",
+        )
+        require(
+            self.kl_target is None or self.kl_coef > 0, "ppo.kl_target multiplies ppo.kl_coef, which must be > 0, got 0"
+        )
+        require(
+            self.target_kl is None or self.num_epochs * self.num_minibatches > 1,
+            "ppo.target_kl is measured before every step but the first, so it needs at least two: raise ppo.num_epochs "
+            "or ppo.num_minibatches",
+        )
+        require(
+            self.critic_warmup_steps == 0 or self.advantage == "gae",
+            f"ppo.critic_warmup_steps needs a critic (ppo.advantage = 'gae'), got {self.advantage!r}",
+        )
+        require(
+            self.loss_divisor is None or self.aggregation == "constant",
+            f"ppo.loss_divisor only acts with ppo.aggregation = 'constant', got {self.aggregation!r}",
+        )
+        require(
+            self.gamma == 1 or self.advantage in ("gae", "reinforce++"),
+            f"ppo.gamma only acts with ppo.advantage 'gae' and 'reinforce++', got {self.advantage!r}",
         )
         require(not self.roll_back or self.target_kl is not None, "ppo.roll_back needs ppo.target_kl, got None")
         require(

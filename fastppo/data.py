@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastppo.batch import Prompts
-from fastppo.checks import require
+from fastppo.checks import InputError, require
 from fastppo.config import DataConfig
 from fastppo.endpoints import import_function
 
@@ -38,7 +38,7 @@ def load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizer
             tokens = to_ids(record[config.field], config, tokenizer)
             require(len(tokens) > 0, "it is empty: a policy needs at least one token to continue, e.g. BOS")
         except ValueError as error:
-            raise ValueError(f"prompt {i} of {source!r}: {error}") from error
+            raise InputError(f"prompt {i} of {source!r}: {error}") from error
         if len(tokens) > config.max_prompt_tokens:
             require(
                 config.skip_long,
@@ -114,9 +114,9 @@ def _read(source: str) -> list[Record]:
     try:
         lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 in a string
     except OSError as error:
-        raise ValueError(f"cannot read the prompts at {source!r}: {error.strerror}") from error
+        raise InputError(f"cannot read the prompts at {source!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(f"{source!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     return [_record(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -124,6 +124,6 @@ def _record(source: str, number: int, line: str) -> Record:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}:{number} is not JSON: {error.msg}") from error
+        raise InputError(f"{source}:{number} is not JSON: {error.msg}") from error
     require(isinstance(record, dict), f"{source}:{number} must be a JSON object, got {type(record).__name__}")
     return record

@@ -11,7 +11,12 @@ from torch import Tensor
 def init() -> None:
     """Join the process group that torchrun describes; without torchrun, nothing."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def local_rank() -> int:
+    """This rank's place on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastppo.batch import Sample
-from fastppo.checks import require
+from fastppo.checks import InputError, require
 from fastppo.protocols import SampleScores
 
 
@@ -104,7 +104,7 @@ def import_function(spec: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module does when it is imported
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot import {spec!r}: {reason}; is its folder on PYTHONPATH?") from error
+        raise InputError(f"cannot import {spec!r}: {reason}; is its folder on PYTHONPATH?") from error
     require(callable(found), f"{spec!r} must be a function, got a {type(found).__name__}")
     return found
 
@@ -119,5 +119,5 @@ def _scores_of(answer: bytes) -> list[Any]:
     except (ValueError, KeyError, TypeError):
         scores = None
     if not isinstance(scores, list):
-        raise ValueError(f'the answer must be {{"scores": [...]}}, got {answer[:100]!r}')
+        raise InputError(f'the answer must be {{"scores": [...]}}, got {answer[:100]!r}')
     return scores

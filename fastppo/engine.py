@@ -93,17 +93,19 @@ class PPOEngine:
                 that the policy does not know.
             RewardError: scores are not finite numbers, one per sequence or response token.
         """
-        size, largest = models.lm_head(self.policy).weight.shape[0], int(rollout.input_ids.max())
-        require(largest < size, f"token ids must be in [0, {size}), the policy's vocabulary, got {largest}")
+        rollout = rollout.to(self.policy.device)
+        score.check_fits(rollout, self.policy)
         score.check_on_distribution(rollout, self.config)
         scores = scores if isinstance(scores, Scores) else _as_scores(scores, rollout)
         cu_seqlens = cumulative(rollout.action_counts)
         logprobs, is_weights = self._old_logprobs(rollout)
         ref_logprobs = None if self.reference is None else self._logprobs(self.reference, rollout)
         values, last_values = (None, None) if self.critic is None else self._values(self.critic, rollout)
-        shaped = advantages.shape_scores(scores.sequences, rollout.truncated, self.ppo, self.moments)
+        shaped, token_scores = advantages.shape_scores(
+            scores.sequences, scores.tokens, rollout.truncated, cu_seqlens, self.ppo, self.moments
+        )
         token_rewards = advantages.shape_rewards(
-            shaped, scores.tokens, logprobs, ref_logprobs, cu_seqlens, self.kl.coef, self.ppo
+            shaped, token_scores, logprobs, ref_logprobs, cu_seqlens, self.kl.coef, self.ppo
         )
         mask = self._loss_mask(rollout, cu_seqlens)
         advantage, returns = advantages.estimate(
@@ -121,6 +123,7 @@ class PPOEngine:
             mask=mask,
             is_weights=is_weights,
             policy_version=self.version,
+            logprobs_are_policys=logprobs is None or logprobs is not rollout.logprobs or rollout.exact,
         )
         experience.metrics.update(_experience_metrics(experience, scores, shaped))
         return experience
@@ -128,7 +131,7 @@ class PPOEngine:
     def update(self, experience: Experience) -> dict[str, float]:
         """One PPO iteration's optimizer steps. Returns the metrics of the update and of the experience."""
         train_policy = self.iteration >= self.ppo.critic_warmup_steps
-        on_policy = experience.policy_version == self.version
+        on_policy = experience.policy_version == self.version and experience.logprobs_are_policys
         single_step = self.ppo.num_epochs * self.ppo.num_minibatches == 1
         require(
             experience.logprobs is not None or (on_policy and single_step),
@@ -160,7 +163,7 @@ class PPOEngine:
             models.save(self.critic, Path(path) / "critic", self.tokenizer)
 
     def _reference(self, reference: PreTrainedModel | None) -> PreTrainedModel | None:
-        if self.ppo.kl_coef == 0 and self.ppo.kl_target is None:
+        if self.ppo.kl_coef == 0:
             return None
         return models.frozen(reference) if reference is not None else models.reference_of(self.policy)
 
@@ -235,7 +238,7 @@ def _experience_metrics(experience: Experience, scores: Scores, shaped: Tensor) 
     if logprobs is not None and experience.ref_logprobs is not None:
         means["objective/kl"] = sequence_sums(logprobs - experience.ref_logprobs, cu_seqlens)
     gap = None
-    if experience.logprobs is not None and rollout.logprobs is not None:
+    if experience.logprobs is not None and rollout.logprobs is not None and experience.logprobs is not rollout.logprobs:
         gap = means["rollout/logprob_gap_mean"] = (experience.logprobs - rollout.logprobs).abs()
     metrics = _global_means(means)
     if gap is not None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ class JSONLLogger:
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

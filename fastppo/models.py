@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from fastppo.attention import PACKED, dense_attention, plan
-from fastppo.checks import require
+from fastppo.checks import InputError, require
 from fastppo.config import ModelConfig
 from fastppo.microbatch import MicroBatch
 from fastppo_kernels import linear
@@ -75,7 +77,7 @@ def load_reference(config: ModelConfig, policy: PreTrainedModel) -> PreTrainedMo
     if config.reference is None:
         return reference_of(policy)
     reference = _load(AutoModelForCausalLM, config.reference, config.dtype, trust_remote_code=config.trust_remote_code)
-    reference = prepare_policy(reference).to(policy.device)
+    reference = to_device(prepare_policy(reference), policy.device)
     require(
         lm_head(reference).weight.shape[0] == lm_head(policy).weight.shape[0],
         f"reference and policy must share a vocabulary, got {lm_head(reference).weight.shape[0]} and "
@@ -99,8 +101,10 @@ def load_critic(
     path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
-    model, info = _read(AutoModelForTokenClassification, path, trust_remote_code=trust_remote_code, num_labels=1)
-    saved = any(name.endswith("ForTokenClassification") for name in model.config.architectures or [])
+    config = _read_config(path, trust_remote_code)
+    cls = _critic_class(config)
+    saved = any(name.endswith(cls.__name__.removeprefix("AutoModel")) for name in config.architectures or [])
+    model, info = _read(cls, path, trust_remote_code=trust_remote_code, num_labels=1)
     _refuse_damaged(path, model, info, () if saved else HEADS)
     if not saved:
         _zero(value_head(model))
@@ -116,7 +120,7 @@ def critic_from(
 
     The value head is float32: zero for a policy (V = 0 before the first update), the reward head for a reward model.
     """
-    critic = _with_body_of(model, AutoModelForTokenClassification)
+    critic = _with_body_of(model, _critic_class(model.config))
     head = _zero(value_head(critic).float())
     if label is not None:
         with torch.no_grad():
@@ -138,7 +142,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise ValueError(f"no usable tokenizer at {path!r}: {_first_line(error)}") from error
+        raise InputError(f"no usable tokenizer at {path!r}: {_first_line(error)}") from error
 
 
 def has_tokenizer(path: str) -> bool:
@@ -168,7 +172,7 @@ def value_head(model: PreTrainedModel) -> nn.Linear:
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
             return head
-    raise ValueError(f"{type(model).__name__} has no linear head named {' or '.join(HEADS)}")
+    raise InputError(f"{type(model).__name__} has no linear head named {' or '.join(HEADS)}")
 
 
 def classify(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -187,9 +191,19 @@ def is_decoder(model: PreTrainedModel) -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model, moved."""
+    return model.to(device)  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature
+
+
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
     """In eval mode and without gradients."""
     return model.eval().requires_grad_(False)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens the model can read; a very large number when its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
@@ -222,9 +236,8 @@ def _read(
     cls: Any, path: str, dtype: str = "float32", *, trust_remote_code: bool, **overrides: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers loads what it can and fills the rest with noise; what it filled comes back beside the model."""
-    _require_there(path)
+    config = _read_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         for name, value in {**dict.fromkeys(_dropout_keys(config), 0.0), **overrides}.items():
             setattr(config, name, value)
         return cls.from_pretrained(
@@ -236,12 +249,20 @@ def _read(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:
-        raise ValueError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
 
 
 def _require_there(path: str) -> None:
     is_hub_name = path.count("/") < 2 and not path.startswith((".", "/", "~"))
     require(is_hub_name or Path(path).is_dir(), f"there is no folder {path!r}")
+
+
+def _read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    _require_there(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(f"cannot read the config of {path!r}: {_first_line(error)}") from error
 
 
 def _refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
@@ -280,6 +301,8 @@ def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in [k for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)]:
+            setattr(module, name, 0.0)  # read from the config when the module was made
     return model
 
 
@@ -304,6 +327,21 @@ def _check_head(model: PreTrainedModel) -> None:
         f"{type(model).__name__} turns hidden states into logits in a way fastppo does not know (gap {gap:.3g}): "
         "only a linear head with an optional final_logit_softcapping can be trained",
     )
+
+
+def _critic_class(config: PreTrainedConfig) -> Any:
+    """A value per token is token classification with one label.
+
+    Where transformers has no such class for an architecture, its sequence classifier holds the same body and head.
+    """
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return AutoModelForTokenClassification
+    require(
+        type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        f"transformers has no classifier for {config.model_type!r}, so it cannot be a critic: name another "
+        "checkpoint in critic.init, or use a critic-free ppo.advantage",
+    )
+    return AutoModelForSequenceClassification
 
 
 def _with_body_of(model: PreTrainedModel, cls: Any) -> PreTrainedModel:

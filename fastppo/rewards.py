@@ -46,7 +46,7 @@ class RewardModel:
         model: from `fastppo.models.load_reward_model`.
         tokenizer: the reward model's own; None when it shares the policy's vocabulary.
         label: which logit is the score.
-        max_tokens: tokens per forward.
+        batch_size: samples per forward.
     """
 
     def __init__(
@@ -122,20 +122,19 @@ class WeightedRewards:
         Raises:
             RewardError: a reward failed, or returned NaN, infinity or the wrong number of scores.
         """
-        samples = to_samples(rollout, self.tokenizer)
-        sequences = torch.zeros(len(rollout))
-        tokens = torch.zeros(int(rollout.loss_mask.sum()))
+        samples, device = to_samples(rollout, self.tokenizer), rollout.input_ids.device
+        sequences = torch.zeros(len(rollout), device=device)
+        tokens = torch.zeros(int(rollout.loss_mask.sum()), device=device)
         any_tokens, parts = False, {}
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             per_sequence, per_token = check_scores(reward(samples), rollout, reward.name)
-            parts[reward.name] = per_sequence
+            per_sequence = parts[reward.name] = per_sequence.to(device)
             if per_token is None:
                 sequences += weight * per_sequence
             else:
                 any_tokens = True
-                tokens += weight * per_token
-        device = rollout.input_ids.device
-        return Scores(sequences.to(device), tokens.to(device) if any_tokens else None, parts)
+                tokens += weight * per_token.to(device)
+        return Scores(sequences, tokens if any_tokens else None, parts)
 
 
 def load_rewards(
@@ -188,8 +187,8 @@ def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None
             timeout_s=config.timeout_s,
             retries=config.retries,
         )
-    model = models.load_reward_model(config.target, trust_remote_code=config.trust_remote_code)
-    model = model.to(device)  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature
+    model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code)
+    model = models.to_device(model, device)
     tokenizer = _own_tokenizer(config.target, policy_tokenizer, model)
     return RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
 

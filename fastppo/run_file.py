@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fastppo.checks import require
+from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 
 
@@ -22,9 +22,9 @@ def load_config(path: str | Path) -> RunConfig:
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read the run file {str(path)!r}: {error.strerror}") from error
+        raise InputError(f"cannot read the run file {str(path)!r}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+        raise InputError(f"{path} is not valid TOML: {error}") from error
     return from_dict(RunConfig, tables)
 
 

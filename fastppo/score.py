@@ -41,6 +41,18 @@ def state_values(critic: PreTrainedModel, rollout: Rollout, *, max_tokens: int) 
     return out[rollout.action_index - 1], out[rollout.cu_seqlens[1:].long() - 1]
 
 
+def check_fits(rollout: Rollout, policy: PreTrainedModel) -> None:
+    """Foreign trajectories may hold what the policy cannot read.
+
+    Raises:
+        ValueError: a token id beyond the vocabulary, or a sequence longer than the context.
+    """
+    size, largest = models.lm_head(policy).weight.shape[0], int(rollout.input_ids.max())
+    require(largest < size, f"token ids must be in [0, {size}), the policy's vocabulary, got {largest}")
+    context, longest = models.context_length(policy), int(rollout.cu_seqlens.diff().max())
+    require(longest <= context, f"a sequence has {longest} tokens, more than the policy's context of {context}: cut it")
+
+
 def check_on_distribution(rollout: Rollout, config: RolloutConfig) -> None:
     """A rollout drawn from another distribution than the one that is scored has no ratio.
 

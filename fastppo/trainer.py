@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import distributed, models
 from fastppo.batch import Prompts, Rollout
-from fastppo.checks import require
+from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.data import PromptSource, load_prompts, select
 from fastppo.engine import PPOEngine
@@ -87,13 +87,14 @@ def build(config: RunConfig) -> Run:
     )
     evals = config.data.eval_prompts
     held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
-    policy = _to(device, models.load_policy(config.policy))
+    policy = models.to_device(models.load_policy(config.policy), device)
     size = models.lm_head(policy).weight.shape[0]
     require(
         len(tokenizer) <= size,
         f"the tokenizer at {config.policy.path!r} has {len(tokenizer)} tokens, but the model only {size}: "
         "the folder must hold the tokenizer that the model was trained with",
     )
+    _check_lengths(source.prompts, held_out, policy, config)
     rewards = load_rewards(config.rewards, tokenizer, device)
     engine = PPOEngine(
         policy,
@@ -190,16 +191,38 @@ def _open_folder(out: str) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make the run folder {out!r}: {error.strerror}") from error
+            raise InputError(f"cannot make the run folder {out!r}: {error.strerror}") from error
         used = metrics.exists() and metrics.stat().st_size > 0  # empty: the run failed before its first number
         require(not used, f"{out!r} already holds a run (its metrics.jsonl): give another `out`, or delete the folder")
     return folder
 
 
 def _device(name: str) -> torch.device:
+    """Under torchrun every rank takes the GPU of its local rank."""
     available = torch.cuda.is_available()
     require(name != "cuda" or available, "device = 'cuda', but torch finds no CUDA device here: use 'auto' or 'cpu'")
-    return torch.device(name if name != "auto" else "cuda" if available else "cpu")
+    device = torch.device(name if name != "auto" else "cuda" if available else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(distributed.local_rank())
+    return torch.device(device.type, distributed.local_rank()) if device.type == "cuda" else device
+
+
+def _check_lengths(prompts: Prompts, held_out: Prompts | None, policy: PreTrainedModel, config: RunConfig) -> None:
+    """A prompt that is too long must not end a run at the step that happens to draw it."""
+    longest = max(len(ids) for ids in prompts.token_ids) + config.rollout.max_new_tokens
+    budget = config.ppo.max_tokens_per_microbatch
+    require(
+        longest <= budget,
+        f"the longest prompt and rollout.max_new_tokens make {longest} tokens, more than "
+        f"ppo.max_tokens_per_microbatch = {budget}: raise it to at least that",
+    )
+    evaluated = max((len(ids) for ids in held_out.token_ids), default=0) if held_out is not None else 0
+    longest, context = max(longest, evaluated + config.rollout.max_new_tokens), models.context_length(policy)
+    require(
+        longest <= context,
+        f"the longest prompt and rollout.max_new_tokens make {longest} tokens, more than the model's "
+        f"context of {context}: set data.max_prompt_tokens and data.skip_long, or lower max_new_tokens",
+    )
 
 
 def _critic(
@@ -217,9 +240,10 @@ def _critic(
             f"{reward.name!r} has a tokenizer of its own or is an encoder: use 'policy' or a checkpoint",
         )
         return models.critic_from(reward.model, label=reward.label, gradient_checkpointing=checkpointing)
-    critic = models.load_critic(config.critic.init, config.policy.dtype, gradient_checkpointing=checkpointing)
-    return _to(device, critic)
-
-
-def _to(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
-    return model.to(device)  # pyright: ignore[reportArgumentType]  transformers' decorator hides the signature
+    critic = models.load_critic(
+        config.critic.init,
+        config.policy.dtype,
+        gradient_checkpointing=checkpointing,
+        trust_remote_code=config.policy.trust_remote_code,
+    )
+    return models.to_device(critic, device)

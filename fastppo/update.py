@@ -17,6 +17,7 @@ from fastppo.optimizer import Trainable
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
+EXACT_GAP = 1e-2  # nats; rounding gives 1e-5
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,12 @@ def update(
     stopped = False
     for _ in range(config.num_epochs):
         for minibatch in _minibatches(experience, config, objective, generator):
+            if not bool(minibatch.weights.any()) and distributed.world_size() == 1:
+                continue  # no action trains: a step would only follow Adam's momentum
             if objective.train_policy:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
                 stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh)
+                _check_gap(policy, stats, experience)
                 stopped = config.target_kl is not None and _mean(stats, "old_k3_sum") > config.target_kl
                 if stopped:
                     policy.zero_grad()
@@ -70,6 +74,17 @@ def update(
             break
     metrics = {"policy/early_stop": float(stopped), "policy/steps": float(len(norms["policy"]))}
     return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
+
+
+def _check_gap(policy: Trainable, stats: Stats, experience: Experience) -> None:
+    """Sampler and trainer run one module, so their log-probs differ by rounding, or something is broken (P6)."""
+    if "gap_max" in stats and experience.rollout.exact and float(stats["gap_max"]) > EXACT_GAP:
+        policy.zero_grad()
+        raise RuntimeError(
+            f"the sampler's log-probs are up to {float(stats['gap_max']):.3g} nats off the trainer's, although both "
+            f"run one float32 module (legal: {EXACT_GAP}): it decodes with a cache differently from how it is trained. "
+            "Nothing was updated; rollout.old_logprobs = 'recompute' with ppo.importance_cap corrects for it"
+        )
 
 
 def _minibatches(
@@ -120,6 +135,7 @@ def _policy_gradient(
             old_kl_coef=objective.old_kl_coef,
             entropy_coef=config.entropy_coef,
             is_weights=_take(experience.is_weights, batch),
+            sampler_logprobs=_take(experience.rollout.logprobs, batch) if fresh else None,
         )
         loss.backward()
         parts.append(stats)
@@ -157,7 +173,7 @@ def _policy_metrics(parts: list[Stats]) -> dict[str, float]:
     """Token-weighted means over all minibatches of the update."""
     if not parts:
         return {}
-    total = merge_stats(parts)
+    total = merge_stats([{k: v for k, v in part.items() if not k.startswith("gap")} for part in parts])
     ratio = _mean(total, "ratio_sum")
     tokens = float(total["token_count"])
     squares = max(float(total["ratio_sq_sum"]), 1e-30)
@@ -173,6 +189,9 @@ def _policy_metrics(parts: list[Stats]) -> dict[str, float]:
         "val/ratio_max_first": float(parts[0]["ratio_max"]),
         "val/ess": float(total["ratio_sum"]) ** 2 / (squares * max(tokens, 1.0)),
     }
+    if "gap_sum" in parts[0]:
+        metrics["rollout/logprob_gap_mean"] = _mean(parts[0], "gap_sum")
+        metrics["rollout/logprob_gap_max"] = float(parts[0]["gap_max"])
     if "entropy_sum" in total:
         metrics["policy/entropy_avg"] = _mean(total, "entropy_sum")
     if "ref_k3_sum" in total:

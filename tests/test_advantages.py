@@ -125,7 +125,7 @@ def test_scores_are_normalised_then_clipped_then_replaced() -> None:
     config = PPOConfig(normalize_scores=True, clip_scores=1.0, missing_eos_score=-7.0)
     scores = torch.tensor([0.0, 0.0, 0.0, 10.0])
     cut = torch.tensor([True, False, False, False])
-    shaped = shape_scores(scores, cut, config, RunningMoments())
+    shaped, _ = shape_scores(scores, None, cut, torch.tensor([0, 1, 2, 3, 4]), config, RunningMoments())
     torch.testing.assert_close(shaped, torch.tensor([-7.0, -1 / math.sqrt(3), -1 / math.sqrt(3), 1.0]))
 
 

@@ -135,7 +135,7 @@ def test_a_bad_override_is_one_message_and_code_2(args: list[str], fragment: str
         ({"data": {"prompts": "nowhere.jsonl"}}, "cannot read the prompts at 'nowhere.jsonl'"),
         ({"rewards": [{"kind": "function", "target": "runs:nothing"}]}, "cannot import 'runs:nothing'"),
         ({"out": __file__}, f"cannot make the run folder {__file__!r}: File exists"),
-        ({"rollout": {"max_new_tokens": 126}}, "exceeds the model's context of 128"),
+        ({"rollout": {"max_new_tokens": 126}}, "make 130 tokens, more than the model's context of 128"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(changes: Any, fragment: str, tmp_path: Path, capsys: Any) -> None:

@@ -22,8 +22,8 @@ def test_matches_float64(shape, with_bias, dtype):
     x, weight = torch.randn(*rows, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
     bias = torch.randn(V, dtype=dtype) if with_bias else None
     upstream = torch.randn(*rows, V)
-    doubles = [None if t is None else t.double() for t in (x, weight, bias)]
-    truth, base = run(F.linear, *doubles, upstream), run(F.linear, x, weight, bias, upstream)
+    truth = run(F.linear, x.double(), weight.double(), None if bias is None else bias.double(), upstream)
+    base = run(F.linear, x, weight, bias, upstream)
     for name, a, b, t in zip(
         ["y", "dx", "dW", "db"], run(linear, x, weight, bias, upstream), base, truth, strict=False
     ):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from fastppo import models
 from fastppo.attention import dense_attention
 from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import require
@@ -133,10 +134,10 @@ class EmbeddedEngine:
         return sample(logits, uniform, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
     def _check_context(self, prompts: Prompts, sampling: Sampling) -> None:
-        context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+        context = models.context_length(self.policy)
         longest = max(len(p) for p in prompts.token_ids)
         require(
-            context is None or longest + sampling.max_new_tokens <= context,
+            longest + sampling.max_new_tokens <= context,
             f"a prompt of {longest} tokens plus max_new_tokens = {sampling.max_new_tokens} exceeds the model's "
             f"context of {context}: shorten the prompts or lower max_new_tokens",
         )

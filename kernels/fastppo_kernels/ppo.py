@@ -171,6 +171,7 @@ def linear_ppo_loss(
     is_weights: Tensor | None = None,
     old_kl_coef: float = 0.0,
     with_entropy: bool = False,
+    sampler_logprobs: Tensor | None = None,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
@@ -185,6 +186,8 @@ def linear_ppo_loss(
         hidden, weight, targets, bias, temperature, softcap, chunk_size: as in `token_logprobs`. Targets of rows of
             weight 0 may be anything.
         with_entropy: put entropy_sum into the statistics though entropy_coef is 0.
+        sampler_logprobs: (R,) of whoever drew the targets; adds gap_sum and gap_max, |log-prob - sampler_logprobs|, to
+            the statistics and changes nothing else.
         logits_dtype: what the logits are rounded to before the row maths: float32, or the dtype of `hidden`, which
             costs accuracy of the ratio (6 % at worst in bfloat16).
         All others: as in `ppo_loss`.
@@ -206,7 +209,7 @@ def linear_ppo_loss(
     )
     checks.check_head(hidden, weight, bias, chunk_size)
     checks.check_targets(targets, hidden.shape[0])
-    rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs)
     _check_rows(rows, hidden.shape[0], settings)
     if logits_dtype not in (torch.float32, hidden.dtype):
         raise ValueError(

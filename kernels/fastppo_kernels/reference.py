@@ -69,6 +69,7 @@ class PPORows(NamedTuple):
     weights: Tensor
     ref_logprobs: Tensor | None = None
     is_weights: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
     def take(self, index: Any) -> "PPORows":
         """The rows that `index` (a slice or an index tensor) picks."""

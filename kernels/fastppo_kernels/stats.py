@@ -65,8 +65,11 @@ def ppo_stats(
     if entropy is not None:
         columns["entropy_sum"] = entropy
     columns |= {f"ref_{name}_sum": kl for name, kl in ref_kl.items()}
-    ratio_max = F.pad(torch.where(live, terms.ratio, 0), (0, 1)).amax()  # the padding makes R = 0 legal
-    return {**_sum_columns(columns, live), "ratio_max": ratio_max.double()}
+    largest = {"ratio_max": _largest(terms.ratio, live)}
+    if rows.sampler_logprobs is not None:
+        columns["gap_sum"] = (logprobs - rows.sampler_logprobs).abs()
+        largest["gap_max"] = _largest(columns["gap_sum"], live)
+    return {**_sum_columns(columns, live), **largest}
 
 
 def value_stats(values: Tensor, returns: Tensor, loss: Tensor, square: Tensor, clipped: Tensor, live: Tensor) -> Stats:
@@ -82,6 +85,10 @@ def value_stats(values: Tensor, returns: Tensor, loss: Tensor, square: Tensor, c
         "return_sq_sum": returns.double().square(),
     }
     return _sum_columns(columns, live)
+
+
+def _largest(column: Tensor, live: Tensor) -> Tensor:
+    return F.pad(torch.where(live, column.detach(), 0), (0, 1)).amax().double()  # the padding makes R = 0 legal
 
 
 def _sum_columns(columns: Mapping[str, Tensor], live: Tensor) -> Stats:

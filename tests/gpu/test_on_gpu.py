@@ -2,9 +2,22 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import tiny
-from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, Rollout, RolloutConfig, attention, models
+from fastppo import (
+    FunctionReward,
+    OptimizerConfig,
+    PPOConfig,
+    PPOEngine,
+    Prompts,
+    RewardModel,
+    Rollout,
+    RolloutConfig,
+    WeightedRewards,
+    attention,
+    models,
+)
 from fastppo.microbatch import gather
 from fastppo_kernels import linear_ppo_loss, sample
 from numerics import assert_as_accurate
@@ -14,10 +27,14 @@ DEVICE = "cuda"
 LENGTHS = [9, 1, 14, 3, 30]
 
 
+def on_gpu(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    return models.to_device(model.to(dtype), torch.device(DEVICE))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_equals_one_sequence_at_a_time(architecture, dtype):
-    model = tiny.policy(architecture, scale=1.0).to(DEVICE, dtype)
+    model = on_gpu(tiny.policy(architecture, scale=1.0), dtype)
     ids = [torch.randint(0, tiny.VOCAB, (n,)).tolist() for n in LENGTHS]
     batch = gather(Rollout.pack(ids, [[] for _ in ids], device=DEVICE), range(len(ids)))
     packed = models.hidden_states(model, batch)
@@ -58,7 +75,7 @@ def test_sampling_on_the_gpu_draws_the_same_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_ppo_iteration_runs_and_starts_at_ratio_one(dtype):
-    policy = tiny.policy(scale=1.0).to(DEVICE, dtype)
+    policy = on_gpu(tiny.policy(scale=1.0), dtype)
     engine = PPOEngine(
         policy,
         ppo=PPOConfig(num_epochs=2, num_minibatches=2, truncation="none"),
@@ -66,8 +83,19 @@ def test_a_ppo_iteration_runs_and_starts_at_ratio_one(dtype):
         policy_optimizer=OptimizerConfig(lr=1e-3),
     )
     prompts = Prompts(token_ids=tuple((i, i + 1) for i in range(8)))
+    count = FunctionReward(lambda samples: [float(s.response_ids.count(7)) for s in samples], name="sevens")
+    model = RewardModel(models.frozen(models.reward_model_from(policy)))
+    rewards = WeightedRewards([count, model])
     for _ in range(3):
         rollout = engine.generate(prompts)
-        stats = engine.update(engine.score(rollout, [float(r.count(7)) for _, r in rollout.sequences()]))
+        stats = engine.update(engine.score(rollout, rewards(rollout)))
         assert stats["val/ratio_max_first"] == 1.0 and stats["policy/clipfrac_first"] == 0.0
         assert stats["policy/skipped_steps"] == 0
+
+
+def test_foreign_trajectories_may_come_from_the_cpu():
+    engine = PPOEngine(
+        on_gpu(tiny.policy(scale=1.0), torch.float32), rollout=RolloutConfig(num_prompts=2, temperature=1.0)
+    )
+    stats = engine.update(engine.score(Rollout.pack([[1], [2]], [[3, 4], [5]]), [1.0, -1.0]))
+    assert stats["policy/steps"] == 4
