@@ -31,7 +31,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.ready-dev
-	$(BIN)/python -m pip install -c constraints.txt -e '.[bench-trl]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/compare_ppo.py
 
 clean:

@@ -32,6 +32,8 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     samples_per_prompt: int = 1
+    seed: int | None = None
+    """Draw from a generator of this seed instead of the engine's own, which then stays as it is: for evaluation."""
 
     def __post_init__(self) -> None:
         require(

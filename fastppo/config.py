@@ -274,6 +274,8 @@ class TrainConfig:
     eval_every: int = 50
     """Iterations between evaluations; there is one before the first and one after the last."""
     eval_prompts_max: int = 256
+    eval_greedy: bool = False
+    """Evaluate the most probable tokens; False: sample as in training. Either way every evaluation draws alike."""
     save_every: int = 0
     """Iterations between checkpoints; 0: only the final one."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -102,7 +102,8 @@ def _master(parameter: torch.nn.Parameter) -> Tensor:
     master = parameter.detach().float().requires_grad_()
 
     def take_gradient(p: Tensor) -> None:
-        assert p.grad is not None
+        if p.grad is None:
+            raise RuntimeError("two engines train one bfloat16 model: each takes over its gradients; build one engine")
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 

@@ -119,7 +119,9 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     if run.eval_prompts is None or not _writes():
         return {}
     prompts = select(run.eval_prompts, range(min(len(run.eval_prompts), run.config.train.eval_prompts_max)))
-    rollout = run.engine.generate(prompts, replace(run.engine.sampling, samples_per_prompt=1))
+    top_k = 1 if run.config.train.eval_greedy else 0
+    sampling = replace(run.engine.sampling, samples_per_prompt=1, top_k=top_k, seed=run.config.seed)
+    rollout = run.engine.generate(prompts, sampling)
     scores = run.rewards(rollout)
     stats = {"eval/scores": float(scores.totals(rollout).mean())}
     stats |= {f"eval/reward/{name}": float(part.mean()) for name, part in scores.parts.items()}

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import tiny
-from batches import (
-    prompts,
-)
+from batches import prompts
 from fastppo import Prompts, Rollout, Sampling
 from fastppo.attention import PACKED
 from fastppo.rollout import EmbeddedEngine
@@ -150,3 +148,11 @@ def test_a_context_that_is_just_full_is_sampled() -> None:
 def test_weights_of_another_module_are_refused() -> None:
     with pytest.raises(ValueError, match="built on"):
         sampler().sync_weights(tiny.policy(), 1)
+
+
+def test_a_seeded_draw_repeats_and_leaves_the_engine_s_generator_alone() -> None:
+    made = sampler()
+    state = made.generator.get_state()
+    one, same, other = (made.generate(prompts(16), Sampling(seed=s)) for s in (5, 5, 6))
+    assert responses(one) == responses(same) != responses(other)
+    assert torch.equal(state, made.generator.get_state())

@@ -58,12 +58,15 @@ class EmbeddedEngine:
         """
         self._check_context(prompts, sampling)
         n = sampling.samples_per_prompt
+        generator = self.generator
+        if sampling.seed is not None:
+            generator = torch.Generator(self.policy.device).manual_seed(sampling.seed)
         size = max(1, self.max_rows // n)
         tokens: list[list[int]] = []
         logprobs: list[list[float]] = []
         with dense_attention(self.policy), _eval_mode(self.policy):
             for start in range(0, len(prompts), size):
-                chunk = self._decode(prompts.token_ids[start : start + size], sampling)
+                chunk = self._decode(prompts.token_ids[start : start + size], sampling, generator)
                 tokens += chunk[0]
                 logprobs += chunk[1]
         stops = {*self.eos_token_ids, *sampling.stop_token_ids}
@@ -82,7 +85,7 @@ class EmbeddedEngine:
         )
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
     ) -> tuple[list[list[int]], list[list[float]]]:
         device, n = self.policy.device, sampling.samples_per_prompt
         stops = torch.tensor([*self.eos_token_ids, *sampling.stop_token_ids], dtype=torch.int64, device=device)
@@ -98,7 +101,7 @@ class EmbeddedEngine:
         lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
         live, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
         for t in range(sampling.max_new_tokens):
-            token, logprob = self._sample(logits, sampling)
+            token, logprob = _draw(logits, sampling, generator)
             tokens[live, t], logprobs[live, t] = token, logprob
             stopped = torch.isin(token, stops) & ~ended
             lengths[live[stopped]] = t + 1
@@ -129,10 +132,6 @@ class EmbeddedEngine:
         )
         return out.logits[:, -1]
 
-    def _sample(self, logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        uniform = torch.rand(logits.shape[0], device=logits.device, generator=self.generator)
-        return sample(logits, uniform, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-
     def _check_context(self, prompts: Prompts, sampling: Sampling) -> None:
         context = models.context_length(self.policy)
         longest = max(len(p) for p in prompts.token_ids)
@@ -141,6 +140,11 @@ class EmbeddedEngine:
             f"a prompt of {longest} tokens plus max_new_tokens = {sampling.max_new_tokens} exceeds the model's "
             f"context of {context}: shorten the prompts or lower max_new_tokens",
         )
+
+
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    uniform = torch.rand(logits.shape[0], device=logits.device, generator=generator)
+    return sample(logits, uniform, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
