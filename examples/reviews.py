@@ -39,7 +39,7 @@ from fastppo import (
 )
 from fastppo.report import table
 
-VOCAB = 2048
+VOCAB = 4096
 PROMPT_WORDS = 4
 NUM_HELD_OUT = 256
 FEATURES = 1 << 16  # hashed words and word pairs of the judge
@@ -51,7 +51,7 @@ Review = tuple[str, int]  # text, 1 for praise
 class Sizes:
     """Optimizer steps of each stage; the defaults fit two CPU cores in ten minutes."""
 
-    lm_steps: int = 700
+    lm_steps: int = 1400
     reward_steps: int = 200
     ppo_steps: int = 60
 
@@ -94,7 +94,7 @@ def run_config(out: Path, seed: int, steps: int) -> RunConfig:
         rewards=(RewardConfig(kind="model", target=str(out / "reward"), name="sentiment"),),
         data=DataConfig(prompts=str(out / "prompts.jsonl"), eval_prompts=str(out / "held_out.jsonl")),
         rollout=RolloutConfig(num_prompts=128, temperature=1.0, max_new_tokens=40),
-        ppo=PPOConfig(num_epochs=2, num_minibatches=4, kl_coef=0.1, missing_eos_score=-3.0),
+        ppo=PPOConfig(num_epochs=2, num_minibatches=4, kl_coef=0.2, missing_eos_score=-3.0),
         policy_optimizer=optimizer,
         critic_optimizer=optimizer,
         train=TrainConfig(total_steps=steps, eval_every=steps, eval_prompts_max=NUM_HELD_OUT),
