@@ -38,6 +38,7 @@ from fastppo import (
     train,
 )
 from fastppo.report import table
+from fastppo.trainer import move_aside
 
 VOCAB = 4096
 PROMPT_WORDS = 4
@@ -82,6 +83,7 @@ def run(reviews: list[Review], out: Path, seed: int, sizes: Sizes) -> dict[str, 
     models.save(reward, out / "reward", tokenizer)
     write_prompts(out / "prompts.jsonl", [text for text, _ in for_reward + for_judge])
     write_prompts(out / "held_out.jsonl", [text for text, _ in held_out])
+    move_aside(out / "ppo")  # an earlier run stays
     folder = train(run_config(out, seed, sizes.ppo_steps))
     return report(folder, judge, time.perf_counter() - start)
 

@@ -31,7 +31,7 @@ from fastppo.config import (
     TrainConfig,
 )
 from fastppo.report import table
-from fastppo.trainer import train
+from fastppo.trainer import move_aside, train
 
 NUM_HELD_OUT = 512
 WRONG_DEMONSTRATIONS = 0.5
@@ -63,7 +63,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = 
     models.save(policy, out / "sft", tokenizer)
     reward = _train_reward(policy, tokenizer, training, rng, sizes.reward_steps, seed)
     models.save(reward, out / "reward", tokenizer)
-    _move_aside(out / "ppo")
+    move_aside(out / "ppo")
     folder = train(run_config(out, seed=seed, steps=sizes.ppo_steps))
     summary = summarize(folder) | {"wall_seconds": time.perf_counter() - start}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -186,12 +186,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _write_prompts(path: Path, problems: Sequence[tuple[int, int]]) -> None:
     lines = (json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a, b in problems)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _move_aside(folder: Path) -> None:
-    """Keep an earlier run under another name: a run folder holds one run."""
-    if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.old-{folder.stat().st_mtime_ns}"))
 
 
 def _report(folder: Path, out: Path, summary: dict[str, float]) -> None:

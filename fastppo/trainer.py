@@ -155,10 +155,15 @@ def save(run: Run, name: str) -> Path:
         return folder
     partial = folder.with_name(f".{name}.partial")
     run.engine.save(partial)
-    if folder.exists():
-        folder.rename(folder.with_name(f"{name}.old-{folder.stat().st_mtime_ns}"))
+    move_aside(folder)
     partial.rename(folder)
     return folder
+
+
+def move_aside(folder: Path) -> None:
+    """Keep what is there under another name."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.old-{folder.stat().st_mtime_ns}"))
 
 
 @contextmanager
