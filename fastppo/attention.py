@@ -5,6 +5,7 @@ Registered with transformers' attention interface under the name `fastppo_packed
 else (CPU, float32, a soft-cap without flash_attn) runs SDPA on sequences of like length, padded to the longest of them.
 """
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ def packed_attention(
     packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; returns (1, N, heads, D). Dropout is off everywhere in PPO."""
     if packing is None or attention_mask is not None:
@@ -94,6 +95,8 @@ def packed_attention(
             "this model's attention is fastppo's packed one: call it through fastppo.models.hidden_states, or wrap an "
             "ordinary forward in `with fastppo.attention.dense_attention(model):`"
         )
+    if others.get("s_aux") is not None:
+        raise InputError(f"{type(module).__name__} has attention sinks, which packed attention does not do")
     chosen = backend(query.device, query.dtype, softcap)
     window = sliding_window if sliding_window is not None and sliding_window < packing.max_seqlen else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
@@ -141,11 +144,18 @@ def _torch_varlen(
     left = -1 if window is None else window - 1
     gqa: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _varlen_has_grouped_heads():
             gqa = {"enable_gqa": True}
         else:  # torch 2.11's first versions have no grouped heads
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return varlen_attn(q, k, v, cu, cu, n, n, scale=scaling, window_size=(left, 0), **gqa)  # pyright: ignore
+
+
+@functools.cache
+def _varlen_has_grouped_heads() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _bucket_attention(

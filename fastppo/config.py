@@ -191,7 +191,7 @@ class PPOConfig:
     importance_cap: float | None = None
     """Truncated importance weight min(trainer / sampler, cap) on every token; None: off. Needs recomputed log-probs."""
     critic_warmup_steps: int = 0
-    """First iterations in which only the critic learns."""
+    """First iterations in which only the critic learns; they count in the policy's learning-rate schedule too."""
 
     def __post_init__(self) -> None:
         require_positive("ppo", self, "num_epochs", "num_minibatches", "max_tokens_per_microbatch", "kl_horizon")

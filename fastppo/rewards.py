@@ -42,6 +42,9 @@ class Scores:
 class RewardModel:
     """A sequence classifier. Reads token ids when it shares the policy's tokenizer, else the text with its own.
 
+    The text is prompt and response as decoded, special tokens left out, and the classifier's own end-of-sequence token
+    where the response ended by itself.
+
     Args:
         model: from `fastppo.models.load_reward_model`.
         tokenizer: the reward model's own; None when it shares the policy's vocabulary.
@@ -79,6 +82,9 @@ class RewardModel:
         return [*ids, eos] if sample.finish_reason == "stop" and eos is not None and ids[-1:] != [eos] else ids
 
     def _score(self, ids: list[list[int]]) -> list[float]:
+        context, longest = models.context_length(self.model), max(len(row) for row in ids)
+        if longest > context:
+            raise RewardError(f"reward {self.name!r} reads {context} tokens, but a sample has {longest} of its tokens")
         if models.is_decoder(self.model):
             rollout = Rollout.pack(ids, [[] for _ in ids], device=self.model.device)
             return [float(x) for batch in microbatches(rollout, 1 << 62) for x in self._last_token_scores(batch)]
