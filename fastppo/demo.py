@@ -44,7 +44,7 @@ class Sizes:
 
     sft_steps: int = 800
     reward_steps: int = 1300
-    ppo_steps: int = 160
+    ppo_steps: int = 220
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = None) -> dict[str, float]:
