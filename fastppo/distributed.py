@@ -8,10 +8,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def init() -> None:
-    """Join the process group that torchrun describes; without torchrun, nothing."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+def init() -> bool:
+    """Join the process group that torchrun describes; True if this call did, and `leave` is due at the end."""
+    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joins:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return joins
+
+
+def leave() -> None:
+    """Leave the process group: its threads must not outlive the interpreter."""
+    dist.destroy_process_group()
 
 
 def local_rank() -> int:

@@ -34,6 +34,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     metrics: Metrics
+    joined_group: bool
 
 
 def train(config: RunConfig) -> Path:
@@ -72,7 +73,7 @@ def train(config: RunConfig) -> Path:
 
 def build(config: RunConfig) -> Run:
     """Open the run folder and load prompts, models and rewards: what is quick to check comes first."""
-    distributed.init()
+    joined_group = distributed.init()
     torch.manual_seed(config.seed)
     folder = _open_folder(config.out)
     require_loggers(config.train.loggers)
@@ -111,7 +112,7 @@ def build(config: RunConfig) -> Run:
     if _writes():
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     metrics = Metrics(folder if _writes() else None, config.train.loggers, to_dict(config))
-    return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics)
+    return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, joined_group)
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
@@ -178,6 +179,8 @@ def _saved_on_failure(run: Run) -> Iterator[None]:
         raise
     finally:
         run.metrics.close()
+        if run.joined_group:
+            distributed.leave()
 
 
 def _save_interrupted(run: Run, why: str) -> None:
