@@ -174,7 +174,7 @@ def test_strided_inputs_and_the_backend_rule(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="available: native, reference"):
         gae(r, v, packed([5]), backend="fast")
     monkeypatch.setenv("FASTPPO_BACKEND", "reference")
-    monkeypatch.setattr("fastppo_kernels.native.load", lambda: pytest.fail("FASTPPO_BACKEND was ignored"))
+    monkeypatch.setattr("fastppo_kernels.native.sequences.load", lambda: pytest.fail("FASTPPO_BACKEND was ignored"))
     gae(r, v, packed([5]))
 
 
