@@ -1,5 +1,6 @@
 """The `fastppo` command: train, demo, doctor. The only file that knows the command-line library."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from fastppo import doctor as doctor_module
 from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
+from fastppo.resume import LATEST
 from fastppo.rewards import RewardError
 from fastppo.run_file import load_config
 from fastppo.trainer import train as run_training
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path.append(os.getcwd())  # as with `python -m fastppo`: where module:function is looked up
     try:
         if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
-            run_training(parse_run(args[1], args[2:]))
+            resume, overrides = parse_resume(args[2:])
+            run_training(parse_run(args[1], overrides), resume=resume)
         else:
             commands = {"train": train, "demo": demo, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
@@ -42,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from error
 
 
+def parse_resume(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take `--resume` or `--resume DIR` out of the overrides; it is about this start, not about the run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", const=LATEST)
+    known, overrides = parser.parse_known_args(args)
+    return known.resume, overrides
+
+
 def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
     """A run file with `--dotted.key value` overrides, e.g. `--ppo.kl-coef 0.1 --rewards.0.weight 2`."""
     return tyro.cli(RunConfig, default=load_config(path), args=list(overrides), prog=f"fastppo train {path}")
@@ -49,7 +60,8 @@ def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
 
 def train(run: tyro.conf.Positional[str]) -> None:
     """Run PPO as a TOML file says. Any key can be changed: `fastppo train RUN.toml --ppo.kl-coef 0.1`;
-    `fastppo train RUN.toml --help` lists all of them.
+    `fastppo train RUN.toml --help` lists all of them. `--resume` goes on from the newest whole checkpoint of the run
+    folder, `--resume DIR` from that one.
 
     Args:
         run: the run file.

@@ -278,12 +278,15 @@ class TrainConfig:
     """Evaluate the most probable tokens; False: sample as in training. Either way every evaluation draws alike."""
     save_every: int = 0
     """Iterations between checkpoints; 0: only the final one."""
+    keep_last: int = 3
+    """Of the checkpoints that save_every makes, how many of the last stay on disk; 0: all."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written."""
 
     def __post_init__(self) -> None:
         require_positive("train", self, "total_steps", "eval_every", "eval_prompts_max")
-        require(self.save_every >= 0, f"train.save_every must be >= 0, got {self.save_every}")
+        for name in ("save_every", "keep_last"):
+            require(getattr(self, name) >= 0, f"train.{name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

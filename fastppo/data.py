@@ -1,7 +1,9 @@
 """Prompt sources: records from a JSONL file or a function -> token ids. Nothing is cut or dropped in silence."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,26 @@ class PromptSource:
         even = batch_size % world_size == 0
         require(even, f"rollout.num_prompts ({batch_size}) must be a multiple of the ranks ({world_size})")
         self.prompts, self.batch_size, self.rank, self.world_size = prompts, batch_size, rank, world_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.pending: list[int] = []
+        self.seed, self.position = seed, 0  # prompts handed out so far, over all ranks: the whole state
+        self._pass: tuple[int, list[int]] = -1, []  # its number and its permutation
 
     def __next__(self) -> Prompts:
-        while len(self.pending) < self.batch_size:  # a batch may reach into the next pass: no ragged tail is dropped
-            self.pending += torch.randperm(len(self.prompts), generator=self.generator).tolist()
-        chosen, self.pending = self.pending[: self.batch_size], self.pending[self.batch_size :]
-        return select(self.prompts, chosen[self.rank :: self.world_size])
+        places = range(self.position + self.rank, self.position + self.batch_size, self.world_size)
+        self.position += self.batch_size
+        return select(self.prompts, [self._at(place) for place in places])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids: whether a resumed run still has the same prompts."""
+        return hashlib.sha256(json.dumps(self.prompts.token_ids).encode()).hexdigest()
+
+    def _at(self, place: int) -> int:
+        """Index of the prompt at `place` of the endless sequence; a batch may reach into the next pass."""
+        number, place = divmod(place, len(self.prompts))
+        if number != self._pass[0]:
+            generator = torch.Generator().manual_seed(self.seed + 1000003 * number)
+            self._pass = number, torch.randperm(len(self.prompts), generator=generator).tolist()
+        return self._pass[1][place]
 
 
 def select(prompts: Prompts, index: Iterable[int]) -> Prompts:

@@ -1,24 +1,26 @@
 """Sums over the ranks of torch.distributed; without it, or with one rank, they change nothing."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def init() -> bool:
-    """Join the process group that torchrun describes; True if this call did, and `leave` is due at the end."""
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within the process group that torchrun describes, if it does and nobody joined it yet; left at the end."""
     joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if joins:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return joins
-
-
-def leave() -> None:
-    """Leave the process group: its threads must not outlive the interpreter."""
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        if joins:
+            dist.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def local_rank() -> int:
@@ -46,6 +48,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order; what `json` can write."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -1,6 +1,10 @@
 """PPOEngine: generate, score, update. Each is usable alone and takes trajectories from anywhere."""
 
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ from fastppo.aggregate import sequence_index, sequence_sums
 from fastppo.batch import Experience, Prompts, Rollout, Sampling, cumulative
 from fastppo.checks import require
 from fastppo.config import OptimizerConfig, PPOConfig, RolloutConfig
-from fastppo.optimizer import make_trainable
+from fastppo.optimizer import Trainable, make_trainable
 from fastppo.protocols import RolloutEngine, SampleScores
 from fastppo.rewards import Scores
 from fastppo.rollout import EmbeddedEngine
@@ -50,7 +54,7 @@ class PPOEngine:
         self.reference = self._reference(reference)
         self.critic = (critic or models.critic_from(policy)) if self.ppo.advantage == "gae" else None
         self.version = 0  # updates of the policy so far
-        self.generator = torch.Generator().manual_seed(seed)  # of the minibatch permutations
+        self.generator = torch.Generator().manual_seed(seed)  # of minibatch permutations and sampling seeds
         self.moments = RunningMoments()
         self.kl = KLController(self.ppo.kl_coef, self.ppo.kl_target, self.ppo.kl_horizon)
         self.penalty = PenaltyController(self.ppo.old_kl_coef, self.ppo.old_kl_target)
@@ -69,7 +73,11 @@ class PPOEngine:
 
     def generate(self, prompts: Prompts, sampling: Sampling | None = None) -> Rollout:
         """Sample responses; by default from the distribution PPO trains, `sampling` is for evaluation."""
-        return self.rollout_engine.generate(prompts, sampling or self.sampling)
+        sampling = sampling or self.sampling
+        if sampling.seed is None:  # drawn here, so that an engine of any kind has no generator to lose
+            seed = int(torch.randint(2**31, (), generator=self.generator))
+            sampling = dataclasses.replace(sampling, seed=seed)
+        return self.rollout_engine.generate(prompts, sampling)
 
     @property
     def sampling(self) -> Sampling:
@@ -162,6 +170,43 @@ class PPOEngine:
         if self.critic is not None:
             models.save(self.critic, Path(path) / "critic", self.tokenizer)
 
+    def state(self) -> dict[str, Any]:
+        """What changes as the engine trains, beside weights and generator; JSON."""
+        roles = {name: [role.iteration, role.skipped] for name, role in self._roles()}
+        coefs = {"kl_coef": self.kl.coef, "old_kl_coef": self.penalty.coef}
+        return {"version": self.version, "roles": roles, "moments": dataclasses.asdict(self.moments), **coefs}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """float32 weights and optimizer moments as `<role>/<parameter>[/<moment>]`, not copied."""
+        return {f"{name}/{key}": x for name, role in self._roles() for key, x in role.state().items()}
+
+    def load(self, state: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Go on where `state` and `tensors` were taken.
+
+        Args:
+            tensors: sorted by name.
+
+        Raises:
+            ValueError: they are of another model.
+        """
+        roles = dict(self._roles())
+        for name, group in itertools.groupby(tensors, lambda item: item[0].partition("/")[0]):
+            require(name in roles, f"the checkpoint has a {name}, this run has none")
+            roles[name].load((key.partition("/")[2], x) for key, x in group)
+        for name, role in roles.items():
+            require(name in state["roles"], f"the checkpoint has no {name}, this run has one")
+            role.iteration, role.skipped = state["roles"][name]
+            role.set_rate()
+        self.version, self.moments = state["version"], RunningMoments(**state["moments"])
+        self.kl.coef, self.penalty.coef = state["kl_coef"], state["old_kl_coef"]
+        self.rollout_engine.sync_weights(self.policy, self.version)
+
+    def _roles(self) -> list[tuple[str, Trainable]]:
+        """The models that learn, in alphabetical order, as checkpoints have them."""
+        return (
+            [("policy", self._policy)] if self._critic is None else [("critic", self._critic), ("policy", self._policy)]
+        )
+
     def _reference(self, reference: PreTrainedModel | None) -> PreTrainedModel | None:
         if self.ppo.kl_coef == 0:
             return None
@@ -204,11 +249,10 @@ class PPOEngine:
         if self.ppo.objective == "kl-penalty" and "policy/approxkl_last" in metrics:
             metrics["policy/old_kl_coef"] = self.penalty.coef
             self.penalty.update(metrics["policy/approxkl_last"])
-        for name, role in (("policy", self._policy), ("critic", self._critic)):
-            if role is not None:
-                metrics[f"{name}/lr"] = role.rate
-                metrics[f"{name}/skipped_steps"] = float(role.skipped)
-                role.next_iteration()
+        for name, role in self._roles():
+            metrics[f"{name}/lr"] = role.rate
+            metrics[f"{name}/skipped_steps"] = float(role.skipped)
+            role.next_iteration()
         self.version += 1
         self.rollout_engine.sync_weights(self.policy, self.version)
 

@@ -1,6 +1,7 @@
 """Where numbers go: metrics.jsonl always; TensorBoard, Weights & Biases, trackio when asked; phase times."""
 
 import importlib.util
+import itertools
 import json
 import math
 import time
@@ -89,6 +90,32 @@ class Metrics:
     def close(self) -> None:
         for logger in self.loggers:
             logger.close()
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Move what comes after iteration `step` out of metrics.jsonl and samples.jsonl into `*.dropped.jsonl`.
+
+    The evaluation after that iteration is dropped too: a run goes on by making it.
+    """
+    for name in ("metrics", "samples"):
+        path = folder / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [_is_until(line, step) for line in lines]
+        if all(kept):
+            continue
+        with (folder / f"{name}.dropped.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(line.rstrip("\n") + "\n" for line in itertools.compress(lines, (not k for k in kept)))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(itertools.compress(lines, kept)), encoding="utf-8")
+        partial.replace(path)
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+        return (row["step"] < step or (row["step"] == step and "episode" in row)) and line.endswith("\n")
+    except (ValueError, KeyError, TypeError):  # the line that was being written when the process died
+        return False
 
 
 class PhaseTimer:

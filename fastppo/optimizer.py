@@ -5,6 +5,7 @@ gradients are added up in float32, and the model gets the rounded result.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastppo import distributed
+from fastppo.checks import require
 from fastppo.config import OptimizerConfig
 
 
@@ -21,6 +23,7 @@ class Trainable:
     """A model that learns."""
 
     model: PreTrainedModel
+    names: list[str]
     parameters: list[torch.nn.Parameter]
     masters: list[Tensor]  # the float32 tensors that the optimizer steps; a float32 parameter is its own
     optimizer: torch.optim.Optimizer
@@ -50,6 +53,10 @@ class Trainable:
     def next_iteration(self) -> None:
         """Move the schedule on: it counts PPO iterations, also those in which every step was skipped."""
         self.iteration += 1
+        self.set_rate()
+
+    def set_rate(self) -> None:
+        """Give the optimizer the learning rate of this iteration."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -70,6 +77,37 @@ class Trainable:
             self.optimizer.state[master] = {k: _copied(v) for k, v in state.items()}
         self._publish()
 
+    def state(self) -> dict[str, Tensor]:
+        """Weights and optimizer moments by parameter name: `<name>` and `<name>/<moment>`, not copied."""
+        out: dict[str, Tensor] = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            out[name] = master
+            out |= {f"{name}/{key}": value for key, value in self.optimizer.state[master].items()}
+        return out
+
+    @torch.no_grad()
+    def load(self, state: Iterable[tuple[str, Tensor]]) -> None:
+        """The inverse of `state`, one tensor at a time.
+
+        Raises:
+            ValueError: names or shapes are not those of this model.
+        """
+        masters, found = dict(zip(self.names, self.masters, strict=True)), set()
+        for key, value in state:
+            name, _, moment = key.partition("/")
+            require(name in masters, f"the checkpoint has a parameter {name!r} that the model has not")
+            master = masters[name]
+            if moment:
+                self.optimizer.state[master][moment] = value.to(master.device)
+                continue
+            shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(master.shape)} in the model"
+            require(value.shape == master.shape, f"parameter {name!r} has shape {shapes}")
+            master.copy_(value)
+            found.add(name)
+        missing = [name for name in self.names if name not in found]
+        require(not missing, f"the checkpoint lacks {len(missing)} parameters of the model, {missing[:3]} first")
+        self._publish()
+
     @torch.no_grad()
     def _publish(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -79,13 +117,13 @@ class Trainable:
 
 def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> Trainable:
     """AdamW on every parameter that requires a gradient."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
     masters = [p if p.dtype == torch.float32 else _master(p) for p in parameters]
     optimizer = torch.optim.AdamW(
         masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
-    trainable = Trainable(model, parameters, masters, optimizer, config, total_steps)
-    optimizer.param_groups[0]["lr"] = trainable.rate
+    trainable = Trainable(model, list(names), list(parameters), masters, optimizer, config, total_steps)
+    trainable.set_rate()
     return trainable
 
 

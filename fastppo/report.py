@@ -17,15 +17,14 @@ SHOWN = (  # metric, label, format
 
 
 @contextmanager
-def progress(total: int, *, title: str = "ppo", quiet: bool = False) -> Iterator[Show]:
+def progress(total: int, *, done: int = 0, title: str = "ppo", quiet: bool = False) -> Iterator[Show]:
     """A bar with reward, KL and tokens/s; without a terminal, a plain line now and then; nothing when `quiet`."""
     console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     numbers_column = TextColumn("{task.fields[numbers]}")
     with Progress(*columns, numbers_column, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, numbers="")
+        task = bar.add_task(title, total=total, completed=done, numbers="")
         every = max(1, total // 10)
-        done = 0
 
         def show(metrics: Mapping[str, float]) -> None:
             nonlocal done

@@ -2,43 +2,26 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from fastppo import distributed, models
-from fastppo.batch import Prompts, Rollout
-from fastppo.checks import InputError, require
+from fastppo import checkpoint, distributed
+from fastppo.batch import Rollout
 from fastppo.config import RunConfig
-from fastppo.data import PromptSource, load_prompts, select
-from fastppo.engine import PPOEngine
-from fastppo.metrics import Metrics, PhaseTimer, require_loggers
+from fastppo.data import select
+from fastppo.metrics import PhaseTimer
 from fastppo.report import progress
-from fastppo.rewards import Scores, WeightedRewards, load_rewards, to_samples
-from fastppo.run_file import to_dict
+from fastppo.resume import find, mark, restore
+from fastppo.rewards import Scores, to_samples
+from fastppo.run import Run, build
 
 
-@dataclass
-class Run:
-    """Everything a training run is made of."""
-
-    config: RunConfig
-    engine: PPOEngine
-    rewards: WeightedRewards
-    prompts: PromptSource
-    eval_prompts: Prompts | None
-    tokenizer: PreTrainedTokenizerBase
-    folder: Path
-    metrics: Metrics
-    joined_group: bool
-
-
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, *, resume: str | None = None) -> Path:
     """Run PPO as `config` says; returns the run folder.
+
+    `resume`: a checkpoint folder to go on from, or "latest" for the newest whole one of the run folder, if it has one;
+    the run then ends as if it had never stopped.
 
     Ctrl-C saves a checkpoint under `checkpoints/interrupted` and returns. Any other failure saves it too and is raised.
     Of several ranks the first one writes everything.
@@ -47,10 +30,14 @@ def train(config: RunConfig) -> Path:
         ValueError: the config names something that is missing or damaged, or the run folder already holds a run.
         RewardError: a reward failed.
     """
-    run = build(config)
-    with _saved_on_failure(run), progress(config.train.total_steps, quiet=not _writes()) as show:
-        evaluate(run, step=0)
-        for step in range(1, config.train.total_steps + 1):
+    with ExitStack() as stack:
+        stack.enter_context(distributed.joined())
+        run = start(config, resume)
+        stack.enter_context(_saved_on_failure(run))
+        show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
+        for step in range(run.step + 1, config.train.total_steps + 1):
+            if (step - 1) % config.train.eval_every == 0:
+                evaluate(run, step - 1)
             timer = PhaseTimer()
             prompts = next(run.prompts)
             with timer("rollout"):
@@ -59,60 +46,29 @@ def train(config: RunConfig) -> Path:
                 scores = run.rewards(rollout)
             with timer("score"):
                 experience = run.engine.score(rollout, scores)
+            run.boundary = None
             with timer("update"):
                 stats = run.engine.update(experience)
             log(run, step, stats, rollout, timer)
             show(stats)
-            if step % config.train.eval_every == 0 or step == config.train.total_steps:
-                evaluate(run, step)
+            mark(run, step)
             if config.train.save_every and step % config.train.save_every == 0:
                 save(run, f"step-{step:06d}")
+        evaluate(run, config.train.total_steps)
         save(run, "final")
     return run.folder
 
 
-def build(config: RunConfig) -> Run:
-    """Open the run folder and load prompts, models and rewards: what is quick to check comes first."""
-    joined_group = distributed.init()
-    torch.manual_seed(config.seed)
-    folder = _open_folder(config.out)
-    require_loggers(config.train.loggers)
-    device = _device(config.device)
-    tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
-    source = PromptSource(
-        load_prompts(config.data.prompts, config.data, tokenizer),
-        config.rollout.num_prompts,
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    evals = config.data.eval_prompts
-    held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
-    policy = models.to_device(models.load_policy(config.policy), device)
-    size = models.lm_head(policy).weight.shape[0]
-    require(
-        len(tokenizer) <= size,
-        f"the tokenizer at {config.policy.path!r} has {len(tokenizer)} tokens, but the model only {size}: "
-        "the folder must hold the tokenizer that the model was trained with",
-    )
-    _check_lengths(source.prompts, held_out, policy, config)
-    rewards = load_rewards(config.rewards, tokenizer, device)
-    engine = PPOEngine(
-        policy,
-        critic=_critic(config, policy, rewards, device) if config.ppo.advantage == "gae" else None,
-        reference=None if config.policy.reference is None else models.load_reference(config.policy, policy),
-        tokenizer=tokenizer,
-        ppo=config.ppo,
-        rollout=config.rollout,
-        policy_optimizer=config.policy_optimizer,
-        critic_optimizer=config.critic_optimizer,
-        total_steps=config.train.total_steps,
-        seed=config.seed + 100003 * distributed.rank(),  # ranks sample differently (N+ details)
-    )
-    if _writes():
-        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    metrics = Metrics(folder if _writes() else None, config.train.loggers, to_dict(config))
-    return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, joined_group)
+def start(config: RunConfig, resume: str | None) -> Run:
+    """A run at its beginning, or where its checkpoint left it."""
+    found = None if resume is None else find(config, resume)
+    run = build(config, kept=None if resume is None else -1 if found is None else found.step)
+    try:
+        mark(run, 0) if found is None else restore(run, found)
+    except BaseException:
+        run.close()
+        raise
+    return run
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
@@ -150,14 +106,11 @@ def log(run: Run, step: int, stats: dict[str, float], rollout: Rollout, timer: P
 
 
 def save(run: Run, name: str) -> Path:
-    """Write `checkpoints/<name>` with policy, critic and tokenizer; a half-written folder never has the name."""
+    """Write `checkpoints/<name>`: policy, critic, tokenizer, and from where the run goes on unless inside an update."""
     folder = run.folder / "checkpoints" / name
-    if not _writes():
-        return folder
-    partial = folder.with_name(f".{name}.partial")
-    run.engine.save(partial)
-    move_aside(folder)
-    partial.rename(folder)
+    if _writes():
+        checkpoint.write(folder, run.engine.save, run.boundary, run.engine.tensors() if run.boundary else {})
+        checkpoint.prune(folder.parent, run.config.train.keep_last)
     return folder
 
 
@@ -178,82 +131,15 @@ def _saved_on_failure(run: Run) -> Iterator[None]:
         _save_interrupted(run, "failed")
         raise
     finally:
-        run.metrics.close()
-        if run.joined_group:
-            distributed.leave()
+        run.close()
 
 
 def _save_interrupted(run: Run, why: str) -> None:
-    folder = save(run, "interrupted")
-    if _writes():
-        print(f"{why}: saved {folder}", flush=True)
+    """Unless nothing was trained."""
+    if _writes() and run.engine.version > 0:
+        print(f"{why} after {run.step} iterations: saved {save(run, 'interrupted')}", flush=True)
 
 
 def _writes() -> bool:
     """Whether this rank writes to the run folder."""
     return distributed.rank() == 0
-
-
-def _open_folder(out: str) -> Path:
-    """Make the run folder; one that already holds a run is left alone."""
-    folder, metrics = Path(out), Path(out, "metrics.jsonl")
-    if _writes():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the run folder {out!r}: {error.strerror}") from error
-        used = metrics.exists() and metrics.stat().st_size > 0  # empty: the run failed before its first number
-        require(not used, f"{out!r} already holds a run (its metrics.jsonl): give another `out`, or delete the folder")
-    return folder
-
-
-def _device(name: str) -> torch.device:
-    """Under torchrun every rank takes the GPU of its local rank."""
-    available = torch.cuda.is_available()
-    require(name != "cuda" or available, "device = 'cuda', but torch finds no CUDA device here: use 'auto' or 'cpu'")
-    device = torch.device(name if name != "auto" else "cuda" if available else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(distributed.local_rank())
-    return torch.device(device.type, distributed.local_rank()) if device.type == "cuda" else device
-
-
-def _check_lengths(prompts: Prompts, held_out: Prompts | None, policy: PreTrainedModel, config: RunConfig) -> None:
-    """A prompt that is too long must not end a run at the step that happens to draw it."""
-    longest = max(len(ids) for ids in prompts.token_ids) + config.rollout.max_new_tokens
-    budget = config.ppo.max_tokens_per_microbatch
-    require(
-        longest <= budget,
-        f"the longest prompt and rollout.max_new_tokens make {longest} tokens, more than "
-        f"ppo.max_tokens_per_microbatch = {budget}: raise it to at least that",
-    )
-    evaluated = max((len(ids) for ids in held_out.token_ids), default=0) if held_out is not None else 0
-    longest, context = max(longest, evaluated + config.rollout.max_new_tokens), models.context_length(policy)
-    require(
-        longest <= context,
-        f"the longest prompt and rollout.max_new_tokens make {longest} tokens, more than the model's "
-        f"context of {context}: set data.max_prompt_tokens and data.skip_long, or lower max_new_tokens",
-    )
-
-
-def _critic(
-    config: RunConfig, policy: PreTrainedModel, rewards: WeightedRewards, device: torch.device
-) -> PreTrainedModel:
-    checkpointing = config.critic.gradient_checkpointing
-    if config.critic.init == "policy":
-        return models.critic_from(policy, gradient_checkpointing=checkpointing)
-    if config.critic.init == "reward":
-        place = next(i for i, r in enumerate(config.rewards) if r.kind == "model")
-        reward: Any = rewards.rewards[place]
-        require(
-            reward.tokenizer is None and models.is_decoder(reward.model),
-            "critic.init = 'reward' needs a reward model that reads the policy's tokens from left to right, but "
-            f"{reward.name!r} has a tokenizer of its own or is an encoder: use 'policy' or a checkpoint",
-        )
-        return models.critic_from(reward.model, label=reward.label, gradient_checkpointing=checkpointing)
-    critic = models.load_critic(
-        config.critic.init,
-        config.policy.dtype,
-        gradient_checkpointing=checkpointing,
-        trust_remote_code=config.policy.trust_remote_code,
-    )
-    return models.to_device(critic, device)

@@ -1,10 +1,12 @@
 """A whole run on disk: a tiny policy with a character tokenizer, prompts, and the run file that joins them."""
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +16,7 @@ from fastppo.demo import make_tokenizer
 from fastppo.run_file import from_dict
 
 NUM_PROMPTS = 6
+fails_at: int | None = None  # the call in which `noisy` fails
 calls: list[list[Sample]] = []  # what the function rewards below were given since a test cleared it
 
 
@@ -101,3 +104,11 @@ def always_fails(samples: list[Sample]) -> list[float]:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+
+
+def noisy(samples: list[Sample]) -> list[float]:
+    """Draws from every global generator a reward function might use."""
+    if len(calls) == fails_at:
+        raise KeyError("no answer")
+    noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+    return [score + noise for score in digits(samples)]

@@ -18,7 +18,7 @@ import tiny
 from batches import SCORES, engine, prompts, weights
 from fastppo import FunctionReward, ModelConfig, PPOEngine, RewardConfig, RewardError, Rollout, WeightedRewards, models
 from fastppo.rewards import load_rewards
-from fastppo.trainer import build
+from fastppo.run import build
 
 Damage = Callable[[Path], object]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -127,7 +127,7 @@ def test_critic_cannot_start_from_a_reward_model_of_other_tokens(tmp_path: Path)
     """Its body would read the policy's ids as other words."""
     path = runs.checkpoint(tmp_path / "reward", kind=AutoModelForSequenceClassification)
     rewards = [{"kind": "model", "target": path}]
-    build(runs.config(tmp_path, rewards=rewards, critic={"init": "reward"})).metrics.close()
+    build(runs.config(tmp_path, rewards=rewards, critic={"init": "reward"})).close()
     tokenizer = json.loads((tmp_path / "reward" / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     vocab["1"], vocab["2"] = vocab["2"], vocab["1"]

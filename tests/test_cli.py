@@ -134,7 +134,10 @@ def test_a_bad_override_is_one_message_and_code_2(args: list[str], fragment: str
         ({"policy": {"pth": "x"}}, "unknown key 'policy.pth'; did you mean 'policy.path'?"),
         ({"data": {"prompts": "nowhere.jsonl"}}, "cannot read the prompts at 'nowhere.jsonl'"),
         ({"rewards": [{"kind": "function", "target": "runs:nothing"}]}, "cannot import 'runs:nothing'"),
-        ({"out": __file__}, f"cannot make the run folder {__file__!r}: File exists"),
+        (
+            {"out": __file__},
+            f"cannot make the run folder {__file__!r}: {__file__!r} is no folder that can be written to",
+        ),
         ({"rollout": {"max_new_tokens": 126}}, "make 130 tokens, more than the model's context of 128"),
     ],
 )

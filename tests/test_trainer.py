@@ -146,7 +146,9 @@ def test_the_seed_fixes_a_run(run: Path, tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_run_is_left_as_it_is(run: Path) -> None:
     """It is found before anything is loaded: the policy of this config does not exist."""
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(ValueError, match="already holds a run .*: give another `out`, or delete the folder"):
+    with pytest.raises(
+        ValueError, match="already holds a run .*: go on with --resume, give another `out`, or delete the folder"
+    ):
         train(runs.config(run.parent, policy={"path": "./nowhere"}))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -181,7 +183,7 @@ def test_a_failure_in_the_middle_keeps_what_was_trained(tmp_path: Path, capsys: 
     assert sorted(path.name for path in checkpoints.iterdir()) == ["interrupted", "step-000002"]
     kept, step = load(checkpoints / "interrupted"), load(checkpoints / "step-000002")
     assert all(equal_weights(a, b) for a, b in zip(kept, step, strict=True))
-    assert f"failed: saved {checkpoints / 'interrupted'}" in capsys.readouterr().out
+    assert f"failed after 2 iterations: saved {checkpoints / 'interrupted'}" in capsys.readouterr().out
 
 
 def start(path: str, *args: str, **environment: str) -> subprocess.Popen[str]:
@@ -203,7 +205,7 @@ def test_ctrl_c_ends_a_run_saved(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
-    assert f"interrupted: saved {tmp_path / 'run' / 'checkpoints' / 'interrupted'}" in out
+    assert f"iterations: saved {tmp_path / 'run' / 'checkpoints' / 'interrupted'}" in out
     steps = [row["step"] for row in iterations(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 1
     load(tmp_path / "run" / "checkpoints" / "interrupted")

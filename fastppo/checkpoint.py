@@ -1,0 +1,194 @@
+"""Checkpoint folders that are whole or not there: written aside, synced, checksummed, renamed. No pickle.
+
+policy/ critic/      plain Hugging Face folders, for everybody
+state.safetensors    float32 weights and optimizer moments of what trains, by role and parameter name
+state.json           the small state at an iteration's end: counters, controllers, running statistics, positions, RNG
+checksums.json       SHA-256 of every other file, written last
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastppo.checks import InputError, require
+
+CHECKSUMS, NUMBERS, TENSORS = "checksums.json", "state.json", "state.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk, its checksums verified."""
+
+    path: Path
+    numbers: dict[str, Any]  # state.json
+
+    @property
+    def step(self) -> int:
+        """PPO iterations done."""
+        return self.numbers["step"]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of state.safetensors one at a time, sorted by name, in host memory."""
+        with safe_open(self.path / TENSORS, "pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+
+
+def write(
+    folder: Path, save_models: Callable[[Path], None], numbers: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write `folder`; what had its name is removed only after the new one is whole.
+
+    Args:
+        save_models: writes the plain model folders into the path it is given.
+        numbers: JSON; None: no state is known from which a run could go on, only the models are written.
+
+    Raises:
+        OSError: the disk is full or cannot be written. What was there before is untouched.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_models(partial)
+        if numbers is not None:
+            save_file({name: x.detach().contiguous() for name, x in tensors.items()}, partial / TENSORS)
+            (partial / NUMBERS).write_text(json.dumps({"format": FORMAT, **numbers}), encoding="utf-8")
+        sums = {str(path.relative_to(partial)): _sha256(path) for path in _files(partial)}
+        (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for path in [*_files(partial), *(p for p in partial.rglob("*") if p.is_dir()), partial]:
+            _sync(path)
+        _replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open a checkpoint that a run can go on from.
+
+    Raises:
+        ValueError: it is damaged, incomplete, or holds models only.
+    """
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        missing = [name for name in sums if not (folder / name).is_file()]
+        require(not missing, f"checkpoint {folder}: {', '.join(missing)} is missing")
+        damaged = [name for name, sha256 in sums.items() if _sha256(folder / name) != sha256]
+        require(not damaged, f"checkpoint {folder}: {', '.join(damaged)} is damaged (its checksum differs)")
+        require(NUMBERS in sums and TENSORS in sums, f"checkpoint {folder} holds models only, no state to go on from")
+        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        known = numbers["format"] == FORMAT
+        require(known, f"checkpoint {folder} has format {numbers['format']}, this version reads {FORMAT}")
+    except OSError as error:
+        raise InputError(f"checkpoint {folder}: cannot read {error.filename}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"checkpoint {folder}: {CHECKSUMS} or {NUMBERS} is damaged ({error})") from error
+    return Checkpoint(folder, numbers)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The whole checkpoint of most iterations under `folder`, and why others that claim more were passed over."""
+    passed_over: list[str] = []
+    for path in sorted(_candidates(folder), key=_claimed_step, reverse=True):
+        try:
+            return read(path), passed_over
+        except InputError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete all but the last `keep_last` of `step-*`; 0 keeps all. Other names are never touched."""
+    steps = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    for path in steps[: -keep_last or len(steps)] if keep_last else []:
+        shutil.rmtree(path)
+
+
+def rng_state() -> dict[str, Any]:
+    """The global random number generators of this process, as JSON: Python, NumPy, torch on CPU and CUDA."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": pack(torch.get_rng_state()),
+        "cuda": [pack(x.cpu()) for x in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Back to what `rng_state` returned; on another number of GPUs only the CPU's."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(unpack(state["torch"]))
+    if torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([unpack(x) for x in state["cuda"]])
+
+
+def pack(state: Tensor) -> str:
+    """A generator's state, (n,) uint8, as text."""
+    return state.numpy().tobytes().hex()
+
+
+def unpack(text: str) -> Tensor:
+    """The inverse of `pack`."""
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Every folder but the half-written; a killed rename leaves the whole `.<name>.old`."""
+    folders = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return [p for p in folders if not p.name.endswith(".partial")]
+
+
+def _claimed_step(folder: Path) -> tuple[int, str]:
+    """The step that state.json names, or the folder's name where that cannot be read; models alone come last."""
+    try:
+        return int(json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["step"]), folder.name
+    except (OSError, ValueError, KeyError, TypeError):
+        digits = folder.name.removeprefix("step-")
+        return int(digits) if digits.isdecimal() else -1, folder.name
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
