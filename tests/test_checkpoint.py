@@ -228,7 +228,10 @@ def test_resume_without_a_checkpoint_starts_the_run(tmp_path: Path, capsys: Any)
 
 
 def test_a_run_can_be_made_longer_under_a_constant_rate(tmp_path: Path) -> None:
-    constant: dict[str, Any] = {"policy_optimizer": {"schedule": "constant"}, "critic_optimizer": {"schedule": "constant"}}
+    constant: dict[str, Any] = {
+        "policy_optimizer": {"schedule": "constant"},
+        "critic_optimizer": {"schedule": "constant"},
+    }
     longer = {"train": {"total_steps": 8}, **constant}
     a = train(config(tmp_path, out=str(tmp_path / "a"), **longer))
     train(config(tmp_path, out=str(tmp_path / "b"), **constant))

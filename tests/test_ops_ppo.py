@@ -582,7 +582,7 @@ def test_logits_dtype_rounds_the_logits() -> None:
         ({"entropy_coef": 0.1}, "needs entropy; take it from token_logprobs"),
         ({"weights": torch.ones(3, dtype=torch.bool)}, "weights must be a floating-point tensor, got torch.bool"),
         ({"advantages": torch.ones(3, 1)}, r"advantages must have shape \(R,\) = \(3,\), got \(3, 1\)"),
-        ({"backend": "native"}, "does not exist for ppo_loss"),
+        ({"backend": "fast"}, "does not exist for ppo_loss"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

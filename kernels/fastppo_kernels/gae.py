@@ -7,11 +7,11 @@
 next(t) is the next action of the same sequence: tokens that are not actions (tool output) are no steps.
 """
 
-import torch
 from torch import Tensor
 
-from fastppo_kernels import checks, native, reference
+from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend
+from fastppo_kernels.reference import working_dtype
 
 
 def gae(
@@ -36,7 +36,7 @@ def gae(
         mask: (N,) bool, True where the token is an action; None: everywhere.
         bootstrap_values: (B,) float, value after the last action of each sequence: 0 where the sequence ended,
             the critic's value where it was cut off. None: all 0.
-        backend: "native" (CPU, float32) or "reference"; None lets `choose_backend` decide.
+        backend: "triton", "native" or "reference"; None lets `choose_backend` decide.
 
     Returns:
         (advantages, returns), both (N,) float32 (float64 if an input is) and 0 where `mask` is False.
@@ -53,11 +53,12 @@ def gae(
     for name, x in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= x <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {x}; the usual values are gamma = 1 and lam = 0.95")
-    given = [x for x in (rewards, values, bootstrap_values) if x is not None]
-    fits = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in given)
-    run = native.gae if choose_backend("gae", backend, native=fits) == "native" else reference.gae
-    with torch.no_grad():
-        return run(rewards, values, cu_seqlens, gamma=gamma, lam=lam, mask=mask, bootstrap_values=bootstrap_values)
+    dtype = working_dtype(*(x for x in (rewards, values, bootstrap_values) if x is not None))
+    rewards, values, bootstrap_values = (
+        None if x is None else x.detach().to(dtype) for x in (rewards, values, bootstrap_values)
+    )
+    name = choose_backend("gae", backend, rewards)
+    return operators.gae(rewards, values, cu_seqlens, gamma, lam, mask, bootstrap_values, name)
 
 
 def token_rewards(
@@ -69,6 +70,7 @@ def token_rewards(
     kl_coef: float,
     kl_estimator: str = "k1",
     mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Reward of each token: the score at the last action, minus kl_coef * KL estimate at every action; no gradient.
 
@@ -83,8 +85,10 @@ def token_rewards(
         kl_estimator: k1, k2 or k3. k1, the default, makes the reward's gradient that of KL(policy || reference).
         mask: (N,) bool, True where the token is an action; None: everywhere.
 
+        backend: as in `gae`.
+
     Returns:
-        (N,) float32 (float64 if scores or logprobs are), 0 where there is no action.
+        (N,) float32 (float64 if an input is), 0 where there is no action.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or B == N although some
@@ -107,7 +111,9 @@ def token_rewards(
         raise ValueError(f"kl_coef must be >= 0, and 0 if ref_logprobs is None, got {kl_coef}")
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator must be k1, k2 or k3, got {kl_estimator!r}; a reward has no gradient")
-    with torch.no_grad():
-        return reference.token_rewards(
-            scores, logprobs, ref_logprobs, cu_seqlens, kl_coef=kl_coef, kl_estimator=kl_estimator, mask=mask
-        )
+    dtype = working_dtype(*(x for x in (scores, logprobs, ref_logprobs) if x is not None))
+    scores, logprobs, ref_logprobs = (
+        None if x is None else x.detach().to(dtype) for x in (scores, logprobs, ref_logprobs)
+    )
+    name = choose_backend("token_rewards", backend, logprobs)
+    return operators.token_rewards(scores, logprobs, ref_logprobs, cu_seqlens, kl_coef, kl_estimator, mask, name)

@@ -2,20 +2,22 @@
 
     loss = sum_i weights_i * (policy_i + kl_coef * KL_i + old_kl_coef * (r_i - 1 - log r_i) - entropy_coef * H_i)
 
-`reference.ppo_token_terms` defines the per-token terms, and all three functions evaluate that one definition. The
-weights hold the normalisation (one over the tokens of the whole minibatch, or any other aggregation), so how rows are
-split into micro-batches cannot change the objective.
+`reference.ppo_token_terms` defines the per-token terms; each backend has them once more, in one function. The weights
+hold the normalisation (one over the tokens of the whole minibatch, or any other aggregation), so how rows are split
+into micro-batches cannot change the objective.
 """
+
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from fastppo_kernels import checks, reference
+from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend
-from fastppo_kernels.ppo_autograd import LinearPPO, LogitsPPO
 from fastppo_kernels.reference import PPORows
-from fastppo_kernels.settings import HeadSettings, PPOSettings
+from fastppo_kernels.settings import HeadSettings, PPOOptions, PPOSettings
 from fastppo_kernels.stats import Stats
+from fastppo_kernels.table import ppo_sums
 
 
 def ppo_loss(
@@ -24,17 +26,11 @@ def ppo_loss(
     advantages: Tensor,
     weights: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
     is_weights: Tensor | None = None,
-    old_kl_coef: float = 0.0,
     backend: str | None = None,
+    **options: Unpack[PPOOptions],
 ) -> tuple[Tensor, Stats]:
     """The PPO loss of R tokens and its statistics; differentiable in logprobs and entropy, all else is constant.
 
@@ -44,18 +40,18 @@ def ppo_loss(
             the ratio is exactly 1 and its gradient that of the log-prob.
         advantages: (R,) float.
         weights: (R,) float. A row of weight 0 contributes nothing, not even a NaN.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; math.inf switches a side off.
-        dual_clip: c > 1 bounds the loss of a negative advantage at -c * advantage (arXiv:1912.09729); None: no bound.
         ref_logprobs: (R,) float, under the reference policy; needed if kl_coef > 0, else only for the statistics.
-        kl_coef: weight of the penalty on KL(policy || reference) estimated by `kl_estimator`.
-        kl_estimator: k1, k2, k3, or k1+ and k3+ (that value with the gradient of k2). As a loss only k2 and the "+"
-            forms have the gradient of KL(policy || reference).
         entropy: (R,) float, in nats; needed if entropy_coef != 0.
-        entropy_coef: weight of the entropy bonus.
         is_weights: (R,) float, multiplies the surrogate only, e.g. the truncated importance weight between the
             sampler's and the old policy. Constant.
-        old_kl_coef: weight of r - 1 - log r, unbiased for KL(old || policy) (arXiv:1707.06347, eq. 8).
-        backend: "reference"; None lets `choose_backend` decide.
+        backend: "triton", "native" or "reference"; None lets `choose_backend` decide.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high], both 0.2; math.inf: no clip there.
+        dual_clip: c > 1 bounds the loss of a negative advantage at -c * advantage (arXiv:1912.09729); None: no bound.
+        kl_coef: weight, 0 unless given, of the penalty on KL(policy || reference) estimated by `kl_estimator`.
+        kl_estimator: k1, k2, k3 (default), or k1+ and k3+ (that value with the gradient of k2). As a loss only k2 and
+            the "+" forms have the gradient of KL(policy || reference).
+        entropy_coef: weight of the entropy bonus, 0 unless given.
+        old_kl_coef: weight, 0 unless given, of r - 1 - log r, unbiased for KL(old || policy) (arXiv:1707.06347, eq. 8).
 
     Returns:
         loss: () float32, float64 for float64 logprobs.
@@ -68,24 +64,17 @@ def ppo_loss(
     Raises:
         ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or a term lacks its input.
     """
-    settings = PPOSettings(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        old_kl_coef=old_kl_coef,
-    )
+    settings = PPOSettings(**options)
     checks.check_rows(logprobs.shape[0] if logprobs.ndim else -1, logprobs=logprobs, entropy=entropy)
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
     _check_rows(rows, logprobs.shape[0], settings)
     if settings.entropy_coef and entropy is None:
         raise ValueError(
-            f"entropy_coef = {entropy_coef} needs entropy; take it from token_logprobs(return_entropy=True)"
+            f"entropy_coef = {settings.entropy_coef} needs entropy; take it from token_logprobs(return_entropy=True)"
         )
-    choose_backend("ppo_loss", backend)
-    return reference.ppo_loss(logprobs, rows, settings, entropy)
+    name = choose_backend("ppo_loss", backend, logprobs)
+    loss, table = operators.ppo_tokens(logprobs, entropy, *rows[:5], settings.encoded(), name)
+    return loss, _stats(table, rows, entropy is not None)
 
 
 def logits_ppo_loss(
@@ -97,18 +86,12 @@ def logits_ppo_loss(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
     is_weights: Tensor | None = None,
-    old_kl_coef: float = 0.0,
     with_entropy: bool = False,
     inplace: bool = True,
     backend: str | None = None,
+    **options: Unpack[PPOOptions],
 ) -> tuple[Tensor, Stats]:
     """`ppo_loss` from logits: differentiable in the logits, their gradient made along with the loss.
 
@@ -127,15 +110,7 @@ def logits_ppo_loss(
     Raises:
         ValueError: as in `ppo_loss`, or `inplace` on a leaf that requires grad, which is not this op's to overwrite.
     """
-    settings = PPOSettings(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        old_kl_coef=old_kl_coef,
-    )
+    settings = PPOSettings(**options)
     checks.check_logits(logits)
     checks.check_targets(targets, logits.shape[0])
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
@@ -143,11 +118,15 @@ def logits_ppo_loss(
     grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and grad and logits.is_leaf:
         raise ValueError("logits is a leaf that requires grad, got inplace=True; pass inplace=False to keep its values")
-    choose_backend("logits_ppo_loss", backend)
-    head = HeadSettings(temperature=temperature, softcap=softcap)
-    options = {"inplace": inplace, "grad": grad, "entropy": with_entropy or entropy_coef != 0.0}
-    loss, logprobs, entropy = LogitsPPO.apply(logits, targets, rows, settings, head, options)
-    return loss, _stats(logprobs, rows, settings, entropy if options["entropy"] else None)
+    HeadSettings(temperature=temperature, softcap=softcap)
+    name = choose_backend("logits_ppo_loss", backend, logits)
+    entropy = with_entropy or settings.entropy_coef != 0.0
+    arguments = (targets, *rows[:5], temperature, softcap, settings.encoded(), entropy)
+    if inplace and grad:
+        loss, table = _InplacePPO.apply(logits, *arguments, name)
+    else:
+        loss, table, _ = operators.logits_ppo(logits, *arguments, grad, name)
+    return loss, _stats(table, rows, entropy)
 
 
 def linear_ppo_loss(
@@ -161,20 +140,14 @@ def linear_ppo_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
     is_weights: Tensor | None = None,
-    old_kl_coef: float = 0.0,
     with_entropy: bool = False,
     sampler_logprobs: Tensor | None = None,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
+    **options: Unpack[PPOOptions],
 ) -> tuple[Tensor, Stats]:
     """`ppo_loss` from hidden states and the LM head: differentiable in hidden, weight and bias.
 
@@ -198,15 +171,7 @@ def linear_ppo_loss(
     Raises:
         ValueError: as in `ppo_loss` and `token_logprobs`.
     """
-    settings = PPOSettings(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        old_kl_coef=old_kl_coef,
-    )
+    settings = PPOSettings(**options)
     checks.check_head(hidden, weight, bias, chunk_size)
     checks.check_targets(targets, hidden.shape[0])
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs)
@@ -215,17 +180,38 @@ def linear_ppo_loss(
         raise ValueError(
             f"logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {logits_dtype}"
         )
-    choose_backend("linear_ppo_loss", backend)
-    head = HeadSettings(temperature=temperature, softcap=softcap)
-    options = {
-        "chunk_size": chunk_size,
-        "logits_dtype": logits_dtype,
-        "entropy": with_entropy or entropy_coef != 0.0,
-        "grad": torch.is_grad_enabled(),
-    }
-    hidden, targets, rows = _drop_dead_rows(hidden, targets, rows)
-    loss, logprobs, entropy = LinearPPO.apply(hidden, weight, bias, targets, rows, settings, head, options)
-    return loss, _stats(logprobs, rows, settings, entropy if options["entropy"] else None)
+    HeadSettings(temperature=temperature, softcap=softcap)
+    name = choose_backend("linear_ppo_loss", backend, hidden)
+    entropy = with_entropy or settings.entropy_coef != 0.0
+    head = (temperature, softcap, settings.encoded(), entropy, chunk_size, logits_dtype)
+    loss, table, *_ = operators.linear_ppo(
+        hidden, weight, bias, targets, *rows, *head, _wanted(hidden, weight, bias), name
+    )
+    return loss, _stats(table, rows, entropy)
+
+
+class _InplacePPO(torch.autograd.Function):
+    """`logits_ppo_`, whose gradient lies where the logits were."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        dlogits = logits.detach()
+        loss, table = operators.logits_ppo_(dlogits, *arguments)
+        ctx.save_for_backward(dlogits)
+        ctx.num_arguments, ctx.spent = len(arguments), False
+        ctx.mark_non_differentiable(table)
+        return loss, table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "logits_ppo_loss(inplace=True) can be differentiated once: its gradient was scaled where it lay. "
+                "Pass inplace=False to call backward again."
+            )
+        ctx.spent = True
+        (dlogits,) = ctx.saved_tensors
+        return dlogits.mul_(grads[0]), *[None] * ctx.num_arguments
 
 
 def _check_rows(rows: PPORows, num_rows: int, settings: PPOSettings) -> None:
@@ -234,17 +220,16 @@ def _check_rows(rows: PPORows, num_rows: int, settings: PPOSettings) -> None:
         raise ValueError(f"kl_coef = {settings.kl_coef} needs ref_logprobs, got None; pass them or set kl_coef = 0")
 
 
-def _stats(logprobs: Tensor, rows: PPORows, settings: PPOSettings, entropy: Tensor | None) -> Stats:
-    with torch.no_grad():
-        return reference.ppo_loss(logprobs, rows, settings, entropy)[1]
+def _wanted(*inputs: Tensor | None) -> list[bool]:
+    """Which inputs autograd wants a gradient of."""
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
 
 
-def _drop_dead_rows(hidden: Tensor, targets: Tensor, rows: PPORows) -> tuple[Tensor, Tensor, PPORows]:
-    """Without the rows of weight 0 on the CPU; on a GPU, where their number is not known, with zeros in their place."""
-    live = rows.weights != 0
-    if hidden.device.type != "cpu":
-        return torch.where(live[:, None], hidden, 0), torch.where(live, targets, 0), rows
-    if bool(live.all()):
-        return hidden, targets, rows
-    index = live.nonzero().squeeze(1)
-    return hidden[index], targets[index], rows.take(index)
+def _stats(table: Tensor, rows: PPORows, entropy: bool) -> Stats:
+    _, stats = ppo_sums(
+        table.detach(),
+        entropy=entropy,
+        reference=rows.ref_logprobs is not None,
+        sampler=rows.sampler_logprobs is not None,
+    )
+    return stats

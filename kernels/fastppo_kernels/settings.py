@@ -1,7 +1,9 @@
 """Scalar settings of the ops: frozen, checked once, shared by every backend."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, TypedDict
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")
 """Value of the named estimator; a trailing "+" gives that value the gradient of k2 (straight-through)."""
@@ -27,6 +29,18 @@ class HeadSettings:
             )
         if self.softcap is not None and not 0.0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; pass None for no soft-cap")
+
+
+class PPOOptions(TypedDict, total=False):
+    """The keywords of the PPO losses; `PPOSettings` says what each means, its default and its range."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+    old_kl_coef: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,3 +80,17 @@ class PPOSettings:
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}; 0 switches it off")
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {self.kl_estimator!r}")
+
+    def encoded(self) -> list[float]:
+        """As numbers, the way they pass through an operator of torch.library."""
+        fields = dict(zip(PPOSettings.__slots__, astuple(self), strict=True))
+        fields["kl_estimator"] = float(KL_ESTIMATORS.index(self.kl_estimator))
+        return [math.nan if value is None else float(value) for value in fields.values()]
+
+    @classmethod
+    def decoded(cls, numbers: Sequence[float]) -> "PPOSettings":
+        """The inverse of `encoded`."""
+        fields: dict[str, Any] = dict(zip(cls.__slots__, numbers, strict=True))
+        fields["kl_estimator"] = KL_ESTIMATORS[int(fields["kl_estimator"])]
+        fields["dual_clip"] = None if math.isnan(fields["dual_clip"]) else fields["dual_clip"]
+        return cls(**fields)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo_kernels import reference
-from fastppo_kernels.reference import PPORows
+from fastppo_kernels.reference import PPORows, PPOTerms
 from fastppo_kernels.settings import PPOSettings
 from fastppo_kernels.stats import Stats
 
@@ -34,19 +34,17 @@ def ppo_table(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings:
     """(R, 16) in the working dtype of `logprobs`; inputs as in `fastppo_kernels.ppo_loss`, nothing cleaned yet."""
     live, dtype = rows.weights != 0, reference.working_dtype(logprobs)
     rows = rows.cleaned(live, dtype)
-    leaf = torch.where(live, logprobs.detach().to(dtype), 0).requires_grad_()
-    entropy = torch.zeros_like(leaf) if entropy is None else torch.where(live, entropy.detach().to(dtype), 0)
-    with torch.enable_grad():
-        terms = reference.ppo_token_terms(leaf, rows, settings)
-        per_row = rows.weights * (terms.policy + terms.kl + terms.old_kl)
-        (dlogprobs,) = torch.autograd.grad(per_row.sum(), leaf)
+    logprobs = torch.where(live, logprobs.detach().to(dtype), 0)
+    entropy = torch.zeros_like(logprobs) if entropy is None else torch.where(live, entropy.detach().to(dtype), 0)
+    terms = reference.ppo_token_terms(logprobs, rows, settings)
+    per_row = terms.policy + terms.kl + terms.old_kl - settings.entropy_coef * entropy
     zero = torch.zeros_like(entropy)
-    estimates = {} if rows.ref_logprobs is None else reference.kl_estimates(leaf, rows.ref_logprobs)
+    estimates = {} if rows.ref_logprobs is None else reference.kl_estimates(logprobs, rows.ref_logprobs)
     columns = {
-        "loss": per_row - rows.weights * settings.entropy_coef * entropy,
+        "loss": rows.weights * per_row,
         "policy_loss": rows.weights * terms.policy,
         "kl_loss": rows.weights * terms.kl,
-        "logprob": leaf,
+        "logprob": logprobs,
         "entropy": entropy,
         "ratio": terms.ratio,
         "log_ratio": terms.log_ratio,
@@ -56,12 +54,29 @@ def ppo_table(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings:
         "dual_clip": terms.dual_clipped,
         "ref_k1": estimates.get("k1", zero),
         "ref_k3": estimates.get("k3", zero),
-        "gap": zero if rows.sampler_logprobs is None else (leaf - rows.sampler_logprobs).abs(),
-        "dlogprob": dlogprobs,
+        "gap": zero if rows.sampler_logprobs is None else (logprobs - rows.sampler_logprobs).abs(),
+        "dlogprob": rows.weights * _dlogprob(logprobs, rows, terms, settings),
         "live": live,
     }
-    stacked = torch.stack([columns[name].detach().to(dtype) for name in PPO_COLUMNS], 1)
+    stacked = torch.stack([columns[name].to(dtype) for name in PPO_COLUMNS], 1)
     return torch.where(live[:, None], stacked, 0)
+
+
+def _dlogprob(logprobs: Tensor, rows: PPORows, terms: PPOTerms, settings: PPOSettings) -> Tensor:
+    """Derivative of a row's objective, by hand: autograd does not run inside an operator."""
+    limit = reference.EXPONENT_LIMIT
+    follows = ~terms.clipped & ~terms.dual_clipped & (terms.log_ratio.abs() <= limit)
+    slope = torch.where(follows, -rows.advantages * terms.ratio, 0)
+    if rows.is_weights is not None:
+        slope = rows.is_weights * slope
+    if settings.kl_coef and rows.ref_logprobs is not None:
+        d = logprobs - rows.ref_logprobs
+        one = torch.ones_like(d)
+        slopes = {"k1": one, "k3": -torch.expm1((-d).clamp(-limit, limit))}
+        slope = slope + settings.kl_coef * slopes.get(settings.kl_estimator, d)  # k2 and the straight-through ones: d
+    if settings.old_kl_coef:
+        slope = slope + settings.old_kl_coef * torch.expm1(terms.log_ratio.clamp(-limit, limit))
+    return slope
 
 
 def ppo_sums(table: Tensor, *, entropy: bool, reference: bool, sampler: bool) -> tuple[Tensor, Stats]:

@@ -5,11 +5,13 @@ loss = sum_i weights_i * 0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R
 
 import math
 
+import torch
 from torch import Tensor
 
-from fastppo_kernels import checks, reference
+from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend
 from fastppo_kernels.stats import Stats
+from fastppo_kernels.table import value_sums
 
 
 def value_loss(
@@ -29,7 +31,7 @@ def value_loss(
         returns: (R,) float, advantage (before whitening) plus old value.
         weights: (R,) float. A row of weight 0 contributes nothing, not even a NaN.
         clip: how far a value may move from its old value; > 0. None or math.inf: no clip.
-        backend: "reference"; None lets `choose_backend` decide.
+        backend: "triton", "native" or "reference"; None lets `choose_backend` decide.
 
     Returns:
         loss: () float32, float64 for float64 values.
@@ -42,8 +44,9 @@ def value_loss(
     """
     checks.check_rows(values.shape[0] if values.ndim else -1, values=values)
     checks.check_rows(values.shape[0], old_values=old_values, returns=returns, weights=weights)
-    choose_backend("value_loss", backend)
-    return reference.value_loss(values, old_values, returns, weights, _check_clip(clip))
+    name = choose_backend("value_loss", backend, values)
+    loss, table = operators.value(values, old_values, returns, weights, _check_clip(clip), name)
+    return loss, value_sums(table.detach())[1]
 
 
 def linear_value_loss(
@@ -80,9 +83,11 @@ def linear_value_loss(
     if bias is not None and bias.numel() != 1:
         raise ValueError(f"bias must be one number, got shape {tuple(bias.shape)}; pass None for no bias")
     checks.check_rows(hidden.shape[0], old_values=old_values, returns=returns, weights=weights)
-    choose_backend("linear_value_loss", backend)
-    values = reference.value_head(hidden, weight, bias, weights != 0)
-    return reference.value_loss(values, old_values, returns, weights, _check_clip(clip))
+    name = choose_backend("linear_value_loss", backend, hidden)
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
+    rows = (old_values, returns, weights, _check_clip(clip))
+    loss, table, *_ = operators.linear_value(hidden, weight, bias, *rows, wanted, name)
+    return loss, value_sums(table.detach())[1]
 
 
 def _check_clip(clip: float | None) -> float | None:

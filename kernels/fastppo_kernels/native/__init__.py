@@ -1,4 +1,4 @@
-"""The C++ backend: the functions of `fastppo_kernels.rows` and of the sequence ops, for CPU tensors."""
+"""The C++ backend: the functions of `fastppo_kernels.eager`, for float32 and bfloat16 tensors on the CPU."""
 
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
 from fastppo_kernels.native.sequences import gae

@@ -1,0 +1,234 @@
+"""The PPO losses. The gradient is made along with the loss; backward only multiplies it by grad_output.
+
+Each returns (loss (), PPO table (R, 16), gradients ...): a gradient has no element where it is not wanted.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo_kernels import backend as backends
+from fastppo_kernels.head import ChunkedHead
+from fastppo_kernels.operators.common import given, like_or_empty, no_autocast, side_by_side
+from fastppo_kernels.reference import PPORows, working_dtype
+from fastppo_kernels.settings import HeadSettings, PPOSettings
+from fastppo_kernels.table import PPO_COLUMNS
+
+LOSS, DLOGPROB, LIVE = (PPO_COLUMNS.index(name) for name in ("loss", "dlogprob", "live"))
+
+
+@torch.library.custom_op("fastppo::ppo_tokens", mutates_args=())
+def ppo_tokens(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    settings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, table) from log-probs (R,) and, with an entropy bonus, entropies (R,)."""
+    dtype = working_dtype(logprobs)
+    rows = _rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    entropy = None if entropy is None else _vector(entropy, dtype)
+    decoded = PPOSettings.decoded(settings)
+    return _with_loss(backends.load(backend).ppo_tokens(_vector(logprobs, dtype), entropy, rows, decoded))
+
+
+@torch.library.custom_op("fastppo::logits_ppo", mutates_args=())
+def logits_ppo(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    settings: list[float],
+    entropy: bool,
+    grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, table, dlogits) from logits (R, V), which keep their values."""
+    rows = _rows(working_dtype(logits), old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    (dlogits,) = like_or_empty((logits,), (grad,))
+    table = backends.load(backend).ppo_rows(
+        side_by_side(logits),
+        targets,
+        rows,
+        PPOSettings.decoded(settings),
+        HeadSettings(temperature=temperature, softcap=softcap),
+        entropy=entropy,
+        dlogits=dlogits if grad else None,
+    )
+    return *_with_loss(table), dlogits
+
+
+@torch.library.custom_op("fastppo::logits_ppo_", mutates_args=("logits",))
+def logits_ppo_(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    settings: list[float],
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, table); the logits (R, V) become their gradient."""
+    rows = _rows(working_dtype(logits), old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    z = side_by_side(logits)
+    table = backends.load(backend).ppo_rows(
+        z,
+        targets,
+        rows,
+        PPOSettings.decoded(settings),
+        HeadSettings(temperature=temperature, softcap=softcap),
+        entropy=entropy,
+        dlogits=z,
+    )
+    if z is not logits:
+        logits.copy_(z)
+    return _with_loss(table)
+
+
+@torch.library.custom_op("fastppo::linear_ppo", mutates_args=())
+def linear_ppo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    settings: list[float],
+    entropy: bool,
+    chunk_size: int | None,
+    logits_dtype: torch.dtype,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, table, gradients of hidden, weight and bias) from hidden states (R, H): 6 R V H operations."""
+    module, head = backends.load(backend), HeadSettings(temperature=temperature, softcap=softcap)
+    decoded, dtype = PPOSettings.decoded(settings), working_dtype(hidden)
+    rows = _rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs)
+    live = _live_rows(rows.weights)
+    if live is None:
+        x = hidden
+    elif live.dtype == torch.bool:
+        x = torch.where(live[:, None], hidden, 0)  # a NaN there would reach the weight's gradient as NaN * 0
+    else:
+        x, targets, rows = hidden[live], targets[live], rows.take(live)
+    chunked = ChunkedHead(
+        x, weight, bias, chunk_size=chunk_size, logits_dtype=logits_dtype, wanted=(wanted[0], wanted[1], wanted[2])
+    )
+    table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
+    with no_autocast(hidden):
+        for some in chunked.chunks():
+            logits = chunked.logits(some)
+            dlogits = chunked.dlogits(logits) if any(wanted) else None
+            table[some] = module.ppo_rows(
+                logits, targets[some], rows.take(some), decoded, head, entropy=entropy, dlogits=dlogits
+            )
+            if dlogits is not None:
+                chunked.accumulate(some, dlogits)
+    dhidden, dweight, dbias = chunked.gradients(x, weight, bias)
+    if live is not None and live.dtype != torch.bool:
+        table = table.new_zeros(hidden.shape[0], table.shape[1]).index_copy(0, live, table)
+        dhidden = dhidden.new_zeros(hidden.shape).index_copy(0, live, dhidden) if wanted[0] else dhidden
+    return *_with_loss(table), dhidden, dweight, dbias
+
+
+def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype).contiguous()
+
+
+def _rows(dtype: torch.dtype, *vectors: Tensor | None) -> PPORows:
+    return PPORows(*(None if x is None else _vector(x, dtype) for x in vectors))
+
+
+def _with_loss(table: Tensor) -> tuple[Tensor, Tensor]:
+    return table[:, LOSS].double().sum().to(table.dtype), table
+
+
+def _live_rows(weights: Tensor) -> Tensor | None:
+    """On the CPU the index of rows with a weight, None if all have one; on a GPU a mask, as their number is not known."""
+    live = weights != 0
+    if live.device.type != "cpu":
+        return live
+    return None if bool(live.all()) else live.nonzero().squeeze(1)
+
+
+def _fake_table(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = working_dtype(x)
+    table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
+    return torch.empty((), dtype=dtype, device=x.device), table
+
+
+@ppo_tokens.register_fake
+def _(logprobs, *rest):
+    return _fake_table(logprobs)
+
+
+@logits_ppo.register_fake
+def _(logits, *rest):
+    return *_fake_table(logits), *like_or_empty((logits,), (rest[-2],))
+
+
+@logits_ppo_.register_fake
+def _(logits, *rest):
+    return _fake_table(logits)
+
+
+@linear_ppo.register_fake
+def _(hidden, weight, bias, *rest):
+    return *_fake_table(hidden), *like_or_empty((hidden, weight, bias), rest[-2])
+
+
+def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.num_inputs = len(inputs)
+
+
+def _scale(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the first inputs; only the loss is differentiable, callers detach the rest."""
+    made = ctx.saved_tensors
+    scaled = given([x * dloss.to(x.dtype) for x in made], ctx.needs_input_grad[: len(made)])
+    return *scaled, *[None] * (ctx.num_inputs - len(made))
+
+
+def _keep_tokens(ctx: Any, inputs: Any, output: Any) -> None:
+    logprobs, entropy, _, _, weights, _, _, settings, _ = inputs
+    ctx.save_for_backward(output[1], weights)
+    ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
+    ctx.entropy_coef = PPOSettings.decoded(settings).entropy_coef
+
+
+def _tokens_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    table, weights = ctx.saved_tensors
+    logprob_dtype, entropy_dtype = ctx.dtypes
+    dlogprobs = (table[:, DLOGPROB] * dloss).to(logprob_dtype)
+    dentropy = None
+    if entropy_dtype is not None:
+        live_weights = torch.where(table[:, LIVE] != 0, weights.to(table.dtype), 0)
+        dentropy = (-ctx.entropy_coef * live_weights * dloss).to(entropy_dtype)
+    return dlogprobs, dentropy, *[None] * 7
+
+
+ppo_tokens.register_autograd(_tokens_backward, setup_context=_keep_tokens)
+logits_ppo.register_autograd(_scale, setup_context=_keep_gradients)
+linear_ppo.register_autograd(_scale, setup_context=_keep_gradients)
