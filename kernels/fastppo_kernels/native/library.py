@@ -44,4 +44,11 @@ def load() -> ctypes.CDLL:
         )
     library.fastppo_gae.argtypes = [_INT64, _INT64, *[_POINTER] * 5, _DOUBLE, _DOUBLE, *[_POINTER] * 2]
     library.fastppo_gae.restype = ctypes.c_int
+    library.fastppo_isa_name.restype = ctypes.c_char_p
+    library.fastppo_ppo_rows.argtypes = [_POINTER] * 4
+    library.fastppo_logprob_rows.argtypes = library.fastppo_logprob_rows_backward.argtypes = [_POINTER] * 3
+    for op in (library.fastppo_ppo_rows, library.fastppo_logprob_rows, library.fastppo_logprob_rows_backward):
+        op.restype = _INT64
+    library.fastppo_ppo_tokens.argtypes = [_INT64, *[_POINTER] * 4, ctypes.c_int, _POINTER]
+    library.fastppo_ppo_tokens.restype = None
     return library

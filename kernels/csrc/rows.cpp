@@ -1,0 +1,216 @@
+// The row ops of the CPU: log-probability, entropy, PPO and the gradient of the logits, two sweeps per row.
+
+#include "rows.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "ppo_token.h"
+
+namespace fastppo {
+
+extern const RowKernels rows_portable;
+#if defined(__x86_64__)
+extern const RowKernels rows_avx2, rows_avx512, rows_avx512_bf16;
+#endif
+
+namespace {
+
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr int64_t kPieceElements = 1 << 16;  // of a parallel loop: some 20 us of work
+constexpr int64_t kPieceTokens = 1 << 10;
+
+// Fastest first; the name is what FASTPPO_ISA takes.
+const InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+    }, &rows_avx512_bf16},
+    {"avx512", [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
+    }, &rows_avx512},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &rows_avx2},
+#endif
+    {"portable", [] { return true; }, &rows_portable},
+};
+constexpr int kNumInstructionSets = sizeof kInstructionSets / sizeof kInstructionSets[0];
+
+int64_t element_size(Dtype dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+double element(const void* row, Dtype dtype, int64_t j) {
+    if (dtype == kFloat32) return static_cast<const float*>(row)[j];
+    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(row)[j]} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Rounded to nearest even, as the sweeps do.
+void set_element(void* row, Dtype dtype, int64_t j, float value) {
+    if (dtype == kFloat32) {
+        static_cast<float*>(row)[j] = value;
+        return;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    static_cast<uint16_t*>(row)[j] = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// One row between its two sweeps: everything that is known of its softmax.
+struct Row {
+    const Batch& batch;
+    const RowKernels& kernels;
+    Scale scale;
+    const char* logits;
+    int64_t target;
+    RowSums sums;
+    double exponent;  // of 2, of the target's probability times S
+    double tanh;      // of the target's logit over the soft-cap
+    float logprob;
+    float entropy;
+
+    Row(const Batch& b, int64_t i) : batch(b), kernels(*kInstructionSets[b.isa].kernels), target(b.targets[i]) {
+        scale.log2_scale = static_cast<float>(kLog2E / b.temperature);
+        scale.softcap = static_cast<float>(b.softcap);
+        scale.inverse_softcap = b.softcap != 0.0 ? static_cast<float>(1.0 / b.softcap) : 0.0f;
+        logits = static_cast<const char*>(b.logits) + i * b.logits_stride * element_size(b.logits_dtype);
+    }
+
+    // First sweep. The target's logit is taken relative to the maximum before anything else happens to it.
+    void measure(bool with_entropy) {
+        const SumSweep sweep = kernels.sum[batch.logits_dtype][with_entropy][batch.softcap != 0.0];
+        sums = sweep(logits, batch.vocab_size, scale);
+        double y = element(logits, batch.logits_dtype, target);
+        tanh = 0.0;
+        if (batch.softcap != 0.0) {
+            tanh = std::tanh(y / batch.softcap);
+            y = batch.softcap * tanh;
+        }
+        const double above = (y - sums.shift) / batch.temperature;
+        exponent = above * kLog2E;
+        logprob = static_cast<float>(above - std::log(sums.sum));
+        entropy = with_entropy ? static_cast<float>(std::log(sums.sum) - kLn2 * sums.weighted_sum / sums.sum) : 0.0f;
+    }
+
+    // Second sweep: dlogits of d logprob = c and d entropy = e, with t the exponent of 2 relative to the maximum:
+    //   dlogits_j = (c ([j = target] - p_j) - e ln2 p_j (t_j - E[t])) / temperature * (1 - tanh^2)
+    // The target's own column holds a difference, made in double from the logit read before it is written over.
+    void differentiate(int64_t i, float dlogprob, float dentropy) {
+        const bool with_entropy = dentropy != 0.0f;
+        const double mean = with_entropy ? sums.weighted_sum / sums.sum : 0.0;
+        const double slope = -kLn2 * dentropy / batch.temperature;
+        const double p = std::exp2(exponent) / sums.sum;
+        const double entropy_part = p == 0.0 ? 0.0 : p * slope * (exponent - mean);
+        const double at_target = dlogprob * (1.0 - p) / batch.temperature + entropy_part;
+        const Gradient gradient = {
+            sums.shift,
+            static_cast<float>((-dlogprob / batch.temperature - slope * mean) / sums.sum),
+            static_cast<float>(slope / sums.sum),
+        };
+        const bool cap = batch.softcap != 0.0;
+        void* out = dlogits(i);
+        kernels.gradient[batch.logits_dtype][batch.dlogits_dtype][with_entropy][cap](
+            logits, out, batch.vocab_size, scale, gradient);
+        set_element(out, batch.dlogits_dtype, target, static_cast<float>(at_target * (1.0 - tanh * tanh)));
+    }
+
+    void* dlogits(int64_t i) const {
+        return static_cast<char*>(batch.dlogits) + i * batch.dlogits_stride * element_size(batch.dlogits_dtype);
+    }
+};
+
+// Calls body(i) for every row, in parallel.
+template <class Body>
+void for_each(int64_t count, int64_t piece, int num_threads, Body body) {
+    parallel_for(count, piece, num_threads, &body, [](void* context, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
+    });
+}
+
+template <class Body>
+void for_each_row(const Batch& batch, Body body) {
+    const int64_t rows = kPieceElements / batch.vocab_size;
+    for_each(batch.num_rows, rows > 1 ? rows : 1, batch.num_threads, body);
+}
+
+// First row whose target is no column, or -1. Rows of weight 0 may hold anything.
+int64_t first_bad_target(const Batch& batch, const float* weights) {
+    for (int64_t i = 0; i < batch.num_rows; ++i) {
+        if (weights && weights[i] == 0.0f) continue;
+        if (batch.targets[i] < 0 || batch.targets[i] >= batch.vocab_size) return i;
+    }
+    return -1;
+}
+
+}  // namespace
+}  // namespace fastppo
+
+using namespace fastppo;
+
+extern "C" {
+
+int fastppo_num_isas() { return kNumInstructionSets; }
+const char* fastppo_isa_name(int isa) { return kInstructionSets[isa].name; }
+int fastppo_isa_supported(int isa) { return kInstructionSets[isa].supported(); }
+
+// Every function below returns -1, or the first row whose target lies outside [0, V), having written nothing.
+
+// The (R, 16) table and, where batch.dlogits is given, the gradient of the summed loss.
+int64_t fastppo_ppo_rows(const Batch* batch, const PPORows* rows, const PPOSettings* settings, float* table) {
+    const int64_t bad = first_bad_target(*batch, rows->weights);
+    if (bad >= 0) return bad;
+    for_each_row(*batch, [&](int64_t i) {
+        Row row(*batch, i);
+        float* line = table + i * kPPOColumns;
+        if (rows->weights[i] == 0.0f) {
+            std::memset(line, 0, kPPOColumns * sizeof(float));
+            if (batch->dlogits) std::memset(row.dlogits(i), 0, batch->vocab_size * element_size(batch->dlogits_dtype));
+            return;
+        }
+        row.measure(batch->entropy);
+        const RowGradient gradient = ppo_token(row.logprob, row.entropy, i, *rows, *settings, line);
+        if (batch->dlogits) row.differentiate(i, gradient.dlogprob, gradient.dentropy);
+    });
+    return -1;
+}
+
+// (R,) log-probabilities and, where wanted, (R,) entropies.
+int64_t fastppo_logprob_rows(const Batch* batch, float* logprobs, float* entropy) {
+    const int64_t bad = first_bad_target(*batch, nullptr);
+    if (bad >= 0) return bad;
+    for_each_row(*batch, [&](int64_t i) {
+        Row row(*batch, i);
+        row.measure(batch->entropy);
+        logprobs[i] = row.logprob;
+        if (entropy) entropy[i] = row.entropy;
+    });
+    return -1;
+}
+
+// dlogits of given d logprob (R,) and d entropy (R,) or null.
+int64_t fastppo_logprob_rows_backward(const Batch* batch, const float* dlogprobs, const float* dentropy) {
+    const int64_t bad = first_bad_target(*batch, nullptr);
+    if (bad >= 0) return bad;
+    for_each_row(*batch, [&](int64_t i) {
+        Row row(*batch, i);
+        row.measure(dentropy != nullptr);
+        row.differentiate(i, dlogprobs[i], dentropy ? dentropy[i] : 0.0f);
+    });
+    return -1;
+}
+
+// The (R, 16) table from (R,) log-probabilities and entropies (or null).
+void fastppo_ppo_tokens(
+    int64_t num_rows, const float* logprobs, const float* entropy, const PPORows* rows, const PPOSettings* settings,
+    int num_threads, float* table
+) {
+    for_each(num_rows, kPieceTokens, num_threads, [&](int64_t i) {
+        ppo_token(logprobs[i], entropy ? entropy[i] : 0.0f, i, *rows, *settings, table + i * kPPOColumns);
+    });
+}
+
+}  // extern "C"
