@@ -64,3 +64,9 @@ def check_packed(cu_seqlens: Tensor, num_tokens: int, mask: Tensor | None) -> in
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, got {mask.dtype}; write `mask != 0`")
     return cu_seqlens.shape[0] - 1
+
+
+def in_working_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The tensors without their gradients, in float64 if one of them is, else in float32."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return [x.detach().to(dtype) for x in tensors]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend
-from fastppo_kernels.reference import working_dtype
 
 
 def gae(
@@ -53,12 +52,10 @@ def gae(
     for name, x in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= x <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {x}; the usual values are gamma = 1 and lam = 0.95")
-    dtype = working_dtype(*(x for x in (rewards, values, bootstrap_values) if x is not None))
-    rewards, values, bootstrap_values = (
-        None if x is None else x.detach().to(dtype) for x in (rewards, values, bootstrap_values)
-    )
+    after = [] if bootstrap_values is None else [bootstrap_values]
+    rewards, values, *after = checks.in_working_dtype(rewards, values, *after)
     name = choose_backend("gae", backend, rewards)
-    return operators.gae(rewards, values, cu_seqlens, gamma, lam, mask, bootstrap_values, name)
+    return operators.gae(rewards, values, cu_seqlens, gamma, lam, mask, after[0] if after else None, name)
 
 
 def token_rewards(
@@ -111,9 +108,9 @@ def token_rewards(
         raise ValueError(f"kl_coef must be >= 0, and 0 if ref_logprobs is None, got {kl_coef}")
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator must be k1, k2 or k3, got {kl_estimator!r}; a reward has no gradient")
-    dtype = working_dtype(*(x for x in (scores, logprobs, ref_logprobs) if x is not None))
-    scores, logprobs, ref_logprobs = (
-        None if x is None else x.detach().to(dtype) for x in (scores, logprobs, ref_logprobs)
-    )
+    reference = [] if ref_logprobs is None else [ref_logprobs]
+    scores, logprobs, *reference = checks.in_working_dtype(scores, logprobs, *reference)
     name = choose_backend("token_rewards", backend, logprobs)
-    return operators.token_rewards(scores, logprobs, ref_logprobs, cu_seqlens, kl_coef, kl_estimator, mask, name)
+    return operators.token_rewards(
+        scores, logprobs, reference[0] if reference else None, cu_seqlens, kl_coef, kl_estimator, mask, name
+    )

@@ -3,11 +3,11 @@
 log p_y = z_y - logsumexp_v z_v,   z = softcap * tanh(logits / softcap) / temperature
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from fastppo_kernels import checks, operators
+from fastppo_kernels import checks, operators, parallel
 from fastppo_kernels.backend import choose_backend
 from fastppo_kernels.settings import HeadSettings
 
@@ -23,6 +23,7 @@ def token_logprobs(
     chunk_size: int | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    group: Any = None,
     backend: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -36,6 +37,7 @@ def token_logprobs(
     chunk_size: int | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    group: Any = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
@@ -48,6 +50,7 @@ def token_logprobs(
     softcap: float | None = None,
     return_entropy: bool = False,
     chunk_size: int | None = None,
+    group: Any = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under the LM head, chunk by chunk.
@@ -66,6 +69,8 @@ def token_logprobs(
         softcap: cap of cap * tanh(logits / cap), applied before the temperature; None for none.
         return_entropy: also return the entropy of each row's distribution, in nats.
         chunk_size: rows per chunk; None takes the default for V and the device.
+        group: torch.distributed process group over whose ranks the vocabulary is split: `weight` and `bias` are the
+            equal share of this rank, in rank order, all else is the same on every rank. None: not split.
         backend: "triton", "native" or "reference"; None lets `choose_backend` decide.
 
     Returns:
@@ -76,8 +81,11 @@ def token_logprobs(
     """
     checks.check_head(hidden, weight, bias, chunk_size)
     checks.check_targets(targets, hidden.shape[0])
-    HeadSettings(temperature=temperature, softcap=softcap)
+    head = HeadSettings(temperature=temperature, softcap=softcap)
     name = choose_backend("token_logprobs", backend, hidden)
+    if group is not None:
+        logprobs, entropy = parallel.TokenLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, name, group)
+        return (logprobs, entropy) if return_entropy else logprobs
     logprobs, entropy = operators.token_logprobs(
         hidden, weight, bias, targets, temperature, softcap, return_entropy, chunk_size, name
     )

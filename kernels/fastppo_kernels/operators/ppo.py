@@ -166,7 +166,7 @@ def _with_loss(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _live_rows(weights: Tensor) -> Tensor | None:
-    """On the CPU the index of rows with a weight, None if all have one; on a GPU a mask, as their number is not known."""
+    """On the CPU the index of rows with a weight, None if all have one; on a GPU, which is not asked, a mask."""
     live = weights != 0
     if live.device.type != "cpu":
         return live
