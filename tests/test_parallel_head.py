@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from fastppo_kernels import linear_ppo_loss, token_logprobs
 
@@ -76,7 +76,7 @@ def on_one_rank(rank: int, folder: str) -> None:
 def split(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
     """What each rank found, [rank][case]."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_one_rank, (str(folder),), nprocs=RANKS)
+    spawn(on_one_rank, (str(folder),), nprocs=RANKS)
     return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(RANKS)]
 
 
