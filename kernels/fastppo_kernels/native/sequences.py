@@ -1,9 +1,15 @@
-"""Ops over packed sequences in C++: CPU tensors only."""
+"""Ops over packed sequences in C++: CPU tensors only. Letters: B sequences, N packed tokens."""
+
+import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastppo_kernels.native.library import load
+
+_POINTER, _INT, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
 def gae(
@@ -21,16 +27,77 @@ def gae(
     Raises:
         ValueError: cu_seqlens does not rise from 0 or more to N at most.
     """
-    given = (rewards, values, cu_seqlens.cpu(), mask, bootstrap_values)
-    inputs = [None if x is None else x.contiguous() for x in given]
-    advantages = torch.zeros(rewards.shape[0], dtype=torch.float32)
-    returns = torch.zeros_like(advantages)
-    pointers = [None if x is None else x.data_ptr() for x in inputs]
-    outputs = (advantages.data_ptr(), returns.data_ptr())
-    num_sequences, num_tokens = cu_seqlens.shape[0] - 1, rewards.shape[0]
-    if load().fastppo_gae(num_sequences, num_tokens, *pointers, gamma, lam, *outputs):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 or more to at most N = {num_tokens}, got {cu_seqlens.tolist()[:8]}...; "
-            "pass the cumulative lengths of the sequences"
-        )
+    num_tokens, num_sequences = rewards.shape[0], cu_seqlens.shape[0] - 1
+    inputs = [_contiguous(x) for x in (rewards, values, cu_seqlens.cpu(), mask, bootstrap_values)]
+    advantages, returns = (torch.empty(num_tokens, dtype=torch.float32) for _ in range(2))
+    pointers, outputs = [_pointer(x) for x in inputs], (advantages.data_ptr(), returns.data_ptr())
+    if _library().fastppo_gae(num_sequences, num_tokens, *pointers, gamma, lam, *outputs):
+        raise _no_layout(cu_seqlens, num_tokens)
     return advantages, returns
+
+
+def token_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(N,) float32 rewards, made in float64. See `fastppo_kernels.token_rewards`.
+
+    Raises:
+        ValueError: cu_seqlens does not rise from 0 or more to N at most.
+    """
+    num_tokens, num_sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    scores, logprobs = scores.contiguous(), logprobs.contiguous()
+    others = [_contiguous(x) for x in (ref_logprobs, cu_seqlens.cpu(), mask)]
+    rewards = torch.empty(num_tokens, dtype=torch.float32)
+    given = (scores.data_ptr(), scores.shape[0] == num_tokens, logprobs.data_ptr(), *[_pointer(x) for x in others])
+    estimator = _ESTIMATORS[kl_estimator.removesuffix("+")]  # "+" changes the gradient alone
+    status = _library().fastppo_token_rewards(
+        num_sequences, num_tokens, *given, kl_coef, estimator, rewards.data_ptr()
+    )
+    if status:
+        raise _no_layout(cu_seqlens, num_tokens)
+    return rewards
+
+
+def moments(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,) float64 of the float32 values of any shape where `mask`, of that shape, is True (None: everywhere).
+
+    Count, mean and sum of the squared deviations from the mean: blocks of 4096 values, merged in order, so that equal
+    values have deviations of exactly 0 and a large mean cancels nothing. All 0 where nothing is valid.
+    """
+    values, mask = values.contiguous(), _contiguous(mask)
+    out = torch.empty(3, dtype=torch.float64)
+    _library().fastppo_moments(values.numel(), values.data_ptr(), _pointer(mask), out.data_ptr())
+    return out
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _no_layout(cu_seqlens: Tensor, num_tokens: int) -> ValueError:
+    return ValueError(
+        f"cu_seqlens must rise from 0 or more to at most N = {num_tokens}, got {cu_seqlens.tolist()[:8]}...; "
+        "pass the cumulative lengths of the sequences"
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load()
+    library.fastppo_gae.argtypes = [_INT64, _INT64, *[_POINTER] * 5, _DOUBLE, _DOUBLE, *[_POINTER] * 2]
+    scores = [_POINTER, _INT]
+    library.fastppo_token_rewards.argtypes = [_INT64, _INT64, *scores, *[_POINTER] * 4, _DOUBLE, _INT, _POINTER]
+    library.fastppo_moments.argtypes = [_INT64, *[_POINTER] * 3]
+    library.fastppo_moments.restype = None
+    return library
