@@ -46,8 +46,9 @@ def whiten(
             f"mask must be bool of shape {tuple(values.shape)}, got {mask.dtype} {tuple(mask.shape)}; write `mask != 0`"
         )
     with torch.no_grad():
-        name = choose_backend("whiten", backend, values)
-        mean, variance = _over_group(operators.moments(values.detach().flatten(), _flat(mask), name), group)
+        (flat,) = checks.in_working_dtype(values.flatten())
+        name = choose_backend("whiten", backend, flat)
+        mean, variance = _over_group(operators.moments(flat, _flat(mask), name), group)
         whitened = (values.double() - mean) * torch.rsqrt(variance + WHITEN_EPS) + (0 if shift_mean else mean)
         return (whitened if mask is None else torch.where(mask, whitened, 0)).to(working_dtype(values))
 

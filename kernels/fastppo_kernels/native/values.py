@@ -62,7 +62,7 @@ def linear_value_rows(
         if dhidden.shape != hidden.shape or dhidden.dtype != hidden.dtype or dhidden.stride(1) != 1:
             raise ValueError(f"dhidden must be {tuple(hidden.shape)} {hidden.dtype}, last stride 1; use empty_like")
         partials = torch.empty(-(-num_rows // _CHUNK_ROWS), width, dtype=torch.float32)
-        dweight = torch.empty(width, dtype=torch.float32)
+        dweight = torch.zeros(width, dtype=torch.float32)  # zeros: of no rows
         gradients = (dhidden.data_ptr(), dhidden.stride(0), partials.data_ptr(), dweight.data_ptr())
     _library().fastppo_linear_value_rows(
         num_rows,
