@@ -183,7 +183,7 @@ class Rollout:
 
     @cached_property
     def action_places(self) -> Tensor:
-        """(N,) int64 place among the R actions, where the token is one. Kept: every micro-batch looks a few of it up."""
+        """(N,) int64 place among the R actions of a token that is one. Kept: every micro-batch looks some up."""
         return self.loss_mask.cumsum(0) - 1
 
     @property
