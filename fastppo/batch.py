@@ -6,6 +6,7 @@ Padding exists nowhere here; masks come from lengths and from the rollout, never
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -179,6 +180,11 @@ class Rollout:
     def action_index(self) -> Tensor:
         """(R,) int64 position of every action among the N packed tokens."""
         return self.loss_mask.nonzero().squeeze(1)
+
+    @cached_property
+    def action_places(self) -> Tensor:
+        """(N,) int64 place among the R actions of a token that is one. Kept: every micro-batch looks some up."""
+        return self.loss_mask.cumsum(0) - 1
 
     @property
     def action_counts(self) -> Tensor:

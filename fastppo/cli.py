@@ -1,15 +1,18 @@
 """The `fastppo` command: train, demo, doctor. The only file that knows the command-line library."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 import transformers
 import tyro
 
+from fastppo import __version__, report
 from fastppo import doctor as doctor_module
-from fastppo.checks import InputError
+from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
 from fastppo.resume import LATEST
@@ -17,7 +20,11 @@ from fastppo.rewards import RewardError
 from fastppo.run_file import load_config
 from fastppo.trainer import train as run_training
 
-DESCRIPTION = "PPO for language models."
+DESCRIPTION = "PPO for language models. `fastppo --version` prints the version."
+NO_RUN_FILE = (
+    "train needs a run file, before any option: fastppo train RUN.toml --ppo.kl-coef 0.1; "
+    "README.md shows one, `fastppo train --help` says more"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as with `python -m fastppo`: where module:function is looked up
     try:
-        if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
-            resume, overrides = parse_resume(args[2:])
-            run_training(parse_run(args[1], overrides), resume=resume)
+        if args == ["--version"]:
+            print(f"fastppo {__version__}")
+        elif args[:1] == ["train"] and args[1:2] not in (["--help"], ["-h"]):
+            train_with(args[1:])
         else:
             commands = {"train": train, "demo": demo, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
@@ -45,6 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from error
 
 
+def train_with(args: Sequence[str]) -> None:
+    """`fastppo train` with what comes after it."""
+    require(len(args) > 0 and not args[0].startswith("-"), NO_RUN_FILE)
+    resume, overrides = parse_resume(args[1:])
+    folder = run_training(parse_run(args[0], overrides), resume=resume)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's; the process group is left by now
+        report.summary(folder)
+
+
 def parse_resume(args: Sequence[str]) -> tuple[str | None, list[str]]:
     """Take `--resume` or `--resume DIR` out of the overrides; it is about this start, not about the run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -54,8 +71,22 @@ def parse_resume(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
-    """A run file with `--dotted.key value` overrides, e.g. `--ppo.kl-coef 0.1 --rewards.0.weight 2`."""
-    return tyro.cli(RunConfig, default=load_config(path), args=list(overrides), prog=f"fastppo train {path}")
+    """A run file with `--dotted.key value` overrides, e.g. `--ppo.kl-coef 0.1 --rewards.0.weight 2`.
+
+    A config that refuses its values is an `InputError`, as it is in the file; tyro would draw a box around it.
+    """
+    prog = f"fastppo train {path}"
+    parse = functools.partial(tyro.cli, RunConfig, default=load_config(path), args=list(overrides), prog=prog)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return parse()
+    except SystemExit as ended:
+        error: BaseException | None = ended
+        while error is not None and not isinstance(error, InputError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        return parse()  # the help, or what is wrong with the options
 
 
 def train(run: tyro.conf.Positional[str]) -> None:
@@ -66,7 +97,7 @@ def train(run: tyro.conf.Positional[str]) -> None:
     Args:
         run: the run file.
     """
-    run_training(load_config(run))
+    train_with([run])
 
 
 def demo(out: str = "runs/demo", seed: int = 1) -> None:

@@ -1,17 +1,16 @@
-"""Every knob of a run, with its unit and its legal range. Imports nothing but the standard library.
+"""Every knob of a run, with its unit and its legal range; those of models, prompts and rewards are in config_inputs.
 
 Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+
 below; what differs from them says so.
 """
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastppo.checks import require, require_positive, require_unit
+from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
 
-Dtype = Literal["float32", "bfloat16"]
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
 KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
@@ -21,100 +20,17 @@ GROUPED: tuple[AdvantageEstimator, ...] = ("grpo", "dr_grpo", "rloo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The policy; the reference is its initial copy unless `reference` names another checkpoint."""
-
-    path: str
-    """Local folder or hub name; no default, so that a run never starts on the wrong model."""
-    reference: str | None = None
-    """Checkpoint of the reference; None: the policy as it was before the first update."""
-    dtype: Dtype = "float32"
-    """Dtype of the weights. Log-probs, ratios, advantages and losses are float32 with either."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CriticConfig:
-    """The value model. N+ starts it from the reward model; the default here is the policy, which every run has."""
-
-    init: str = "policy"
-    """`policy` (zero value head), `reward` (the first reward model and its head), or a checkpoint."""
-    gradient_checkpointing: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardConfig:
-    """One source of scores; several are added up with their weights."""
-
-    kind: Literal["model", "function", "http"]
-    target: str
-    """Checkpoint of a sequence classifier, `module:function`, or a URL."""
-    weight: float = 1.0
-    name: str = ""
-    """Name in the logs; empty: made from `target`."""
-    dtype: Dtype = "float32"
-    """Dtype of a reward model's weights."""
-    label: int = 0
-    """Which logit of a reward model with several labels is the score."""
-    batch_size: int = 64
-    """Samples per forward of a reward model, or per request of an endpoint."""
-    timeout_s: float = 60.0
-    """Seconds until one call of a function or an endpoint has failed."""
-    retries: int = 3
-    """Further tries of an endpoint after a failure; the wait doubles from 0.5 s."""
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        form = {"model": ".", "function": ".+:.", "http": "https?://."}[self.kind]
-        legal = {"model": "a checkpoint", "function": "'module:function'", "http": "a URL with http://"}[self.kind]
-        wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
-        require(re.match(form, self.target) is not None, wrong)
-        require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
-        require_positive("rewards", self, "batch_size", "timeout_s")
-        require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
-
-    @property
-    def log_name(self) -> str:
-        """What the logs call it."""
-        return self.name or self.target.rstrip("/").split("/")[-1].split(":")[-1]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where prompts come from: a JSONL file of records, or `module:function` that returns an iterable of them."""
-
-    prompts: str
-    eval_prompts: str | None = None
-    """Held-out prompts; None: no evaluation."""
-    field: str = "prompt"
-    """Key of the record that holds the prompt: text, a list of token ids, or a list of chat messages."""
-    template: str = "{prompt}"
-    """Text around the prompt; `{prompt}` is replaced. Not used for token ids and chat messages."""
-    chat: bool = False
-    """Put the text into one user message of the tokenizer's chat template."""
-    max_prompt_tokens: int = 1024
-    """A longer prompt is an error: nothing is cut in silence."""
-    skip_long: bool = False
-    """Leave prompts over the limit out instead, and log how many."""
-
-    def __post_init__(self) -> None:
-        require("{prompt}" in self.template, f"data.template must contain '{{prompt}}', got {self.template!r}")
-        require_positive("data", self, "max_prompt_tokens")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
     """Sampling. There is no top-k or top-p here: PPO needs the log-prob of what was drawn under what is trained."""
 
     num_prompts: int = 512
     """Prompts per PPO iteration, over all ranks."""
     samples_per_prompt: int = 1
+    """Responses to each prompt; the group estimators compare them and need at least 2."""
     temperature: float = 0.7
     """Logits are divided by it when sampling and when scoring."""
     max_new_tokens: int = 53
+    """Longest response, in tokens; see ppo.truncation for what becomes of one that is cut."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response, beside the model's own end-of-sequence tokens."""
     max_rows: int = 512
@@ -155,10 +71,13 @@ class PPOConfig:
     value_coef: float = 0.1
     """Weight of the value loss. The critic has its own Adam, so it acts through eps and max_grad_norm only."""
     entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the policy loss; 0: none."""
     gamma: float = 1.0
+    """Discount per token, in [0, 1]."""
     lam: float = 0.95
     """GAE's lambda; without a critic it has no part."""
     advantage: AdvantageEstimator = "gae"
+    """Estimator: `gae` has a critic; grpo, dr_grpo and rloo compare samples of one prompt; `reinforce++` whitens."""
     whiten_advantages: bool = True
     """For gae and reinforce++; the group estimators are normalised by their groups."""
     whiten_rewards: bool = False
@@ -171,9 +90,11 @@ class PPOConfig:
     """A response cut by max_new_tokens: gets `missing_eos_score`; is bootstrapped with V of its last state; is left
     out of the loss (mask); or nothing special."""
     missing_eos_score: float = -1.0
+    """With truncation `penalty`, the score that a cut response gets instead of its own."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference, in reward units per nat."""
     kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL to the reference acts: taken from the reward of each token, or added to the policy loss."""
     kl_estimator: KLEstimator = "k1"
     """k1 in the reward has the gradient of KL(policy || reference); in the loss only k2, k1+ and k3+ have."""
     kl_target: float | None = None
@@ -186,6 +107,8 @@ class PPOConfig:
     roll_back: bool = False
     """When target_kl stops the update, also undo the step that went too far; keeps a copy of weights and Adam state."""
     aggregation: Aggregation = "token-mean"
+    """Weight of a token in its minibatch, in order: 1/tokens, 1/(responses * its response's tokens), 1/responses,
+    1/(responses * loss_divisor)."""
     loss_divisor: int | None = None
     """Tokens per sequence that `constant` aggregation divides by (Dr.GRPO, arXiv:2503.20783); None: max_new_tokens."""
     importance_cap: float | None = None
@@ -247,13 +170,17 @@ class OptimizerConfig:
     """AdamW and its schedule, one for the policy and one for the critic."""
 
     lr: float = 3e-6
+    """Learning rate of AdamW, before warm-up and schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Stepped once per PPO iteration; linear and cosine end at 0 after the last one."""
     warmup_steps: int = 0
     """Iterations over which the rate rises; the first one already learns."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
     eps: float = 1e-5
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.0
+    """Decoupled: weights shrink by lr * weight_decay per step."""
     max_grad_norm: float | None = 1.0
     """Global norm the gradient is clipped to, after accumulation. N+ does not clip: None."""
 
@@ -274,6 +201,7 @@ class TrainConfig:
     eval_every: int = 50
     """Iterations between evaluations; there is one before the first and one after the last."""
     eval_prompts_max: int = 256
+    """Held-out prompts that an evaluation uses, the first of the file."""
     eval_greedy: bool = False
     """Evaluate the most probable tokens; False: sample as in training. Either way every evaluation draws alike."""
     save_every: int = 0
@@ -305,7 +233,9 @@ class RunConfig:
     out: str = "runs/ppo"
     """Run folder: config.json, metrics.jsonl, samples.jsonl, checkpoints/."""
     seed: int = 1
+    """Of sampling, prompt order and minibatches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
 
     def __post_init__(self) -> None:
         require(len(self.rewards) > 0, "rewards is empty: give at least one [[rewards]] table with kind and target")

@@ -50,19 +50,27 @@ class Sizes:
 def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = None) -> dict[str, float]:
     """Run the demo; returns what it writes to `out`/summary.json."""
     out, sizes, start = Path(out), sizes or Sizes(), time.perf_counter()
+
+    def announce(stage: str) -> None:
+        print(f"{time.perf_counter() - start:4.0f} s  {stage}", flush=True)
+
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     rng = random.Random(seed)
     problems = make_problems()
     rng.shuffle(problems)
     held_out, training = problems[:NUM_HELD_OUT], problems[NUM_HELD_OUT:]
+    announce(f"data: {len(training)} sums to train on, {len(held_out)} held out")
     _write_prompts(out / "prompts.jsonl", training)
     _write_prompts(out / "held_out.jsonl", held_out)
     tokenizer = make_tokenizer()
+    announce(f"demonstrations: a policy learns from answers of which {WRONG_DEMONSTRATIONS:.0%} are wrong")
     policy = _train_policy(tokenizer, training, rng, sizes.sft_steps, seed)
     models.save(policy, out / "sft", tokenizer)
+    announce("reward model: it learns from pairs of a right and a wrong answer")
     reward = _train_reward(policy, tokenizer, training, rng, sizes.reward_steps, seed)
     models.save(reward, out / "reward", tokenizer)
+    announce(f"PPO: {sizes.ppo_steps} iterations, evaluated on the held-out sums")
     move_aside(out / "ppo")
     folder = train(run_config(out, seed=seed, steps=sizes.ppo_steps))
     summary = summarize(folder) | {"wall_seconds": time.perf_counter() - start}
@@ -194,5 +202,5 @@ def _report(folder: Path, out: Path, summary: dict[str, float]) -> None:
         ("reward model", f"{summary['reward_before']:.2f}", f"{summary['reward_after']:.2f}"),
     ]
     table(f"{NUM_HELD_OUT} held-out sums, sampled at temperature 1", ("", "before PPO", "after PPO"), rows)
-    print(f"KL to the reference {summary['kl_final']:.2f} nats per response; {summary['wall_seconds']:.0f} s in all")
+    print(f"KL to the reference {summary['kl_final']:z.2f} nats per response; {summary['wall_seconds']:.0f} s in all")
     print(f"run folder: {folder} (metrics.jsonl, samples.jsonl, checkpoints/final); summary: {out / 'summary.json'}")

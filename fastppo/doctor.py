@@ -39,11 +39,11 @@ def _machine() -> list[tuple[str, str]]:
 
 def _choices() -> list[tuple[str, str, str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    users: dict[attention.Backend, list[str]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for softcap, label in ((None, ""), (50.0, ", soft-cap")):
-            chosen = attention.backend(device, dtype, softcap)
-            rows.append((f"attention, {str(dtype)[6:]}{label}", chosen, ATTENTION_WHY[chosen]))
+        for softcap, label in ((None, ""), (50.0, " with soft-cap")):
+            users.setdefault(attention.backend(device, dtype, softcap), []).append(f"{str(dtype)[6:]}{label}")
+    rows = [(f"attention, {', '.join(names)}", name, ATTENTION_WHY[name]) for name, names in users.items()]
     forced = os.environ.get("FASTPPO_BACKEND")
     why = f"FASTPPO_BACKEND={forced}" if forced else "the default"
     rows.append(("losses, log-probs, sampling", forced or "reference (PyTorch)", why))

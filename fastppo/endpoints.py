@@ -103,8 +103,9 @@ def import_function(spec: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module does when it is imported
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"cannot import {spec!r}: {reason}; is its folder on PYTHONPATH?") from error
+        not_found = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        hint = "; is its folder on PYTHONPATH?" if not_found else ""
+        raise InputError(f"cannot import {spec!r}: {type(error).__name__}: {error}{hint}") from error
     require(callable(found), f"{spec!r} must be a function, got a {type(found).__name__}")
     return found
 

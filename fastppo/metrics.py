@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,13 +119,15 @@ def _is_until(line: str, step: int) -> bool:
 
 
 class PhaseTimer:
-    """Seconds of each phase of an iteration, under `time/<phase>`."""
+    """Seconds of each phase of an iteration, under `time/<phase>`; `announce` is told of each as it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[str], None] = lambda phase: None) -> None:
+        self.announce = announce
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.announce(phase)
         start = time.perf_counter()
         try:
             yield

@@ -30,12 +30,11 @@ def microbatches(rollout: Rollout, max_tokens: int, sequences: Sequence[int] | N
     Raises:
         ValueError: one sequence alone is over the budget.
     """
-    ends = rollout.cu_seqlens.tolist()
     order = range(len(rollout)) if sequences is None else sequences
+    _, lengths = _spans(rollout, order)
     group: list[int] = []
     total = 0
-    for i in order:
-        length = ends[i + 1] - ends[i]
+    for i, length in zip(order, lengths.tolist(), strict=True):
         require(
             length <= max_tokens,
             f"sequence {i} has {length} tokens, more than max_tokens_per_microbatch = {max_tokens}: "
@@ -53,21 +52,24 @@ def microbatches(rollout: Rollout, max_tokens: int, sequences: Sequence[int] | N
 def gather(rollout: Rollout, sequences: Sequence[int]) -> MicroBatch:
     """Pack the named sequences of a rollout."""
     device = rollout.input_ids.device
-    chosen = torch.tensor(list(sequences), device=device)
-    starts = rollout.cu_seqlens[:-1].long()[chosen]
-    lengths = rollout.cu_seqlens.diff().long()[chosen]
-    sequence_of = torch.repeat_interleave(torch.arange(len(chosen), device=device), lengths)
+    starts, lengths = _spans(rollout, sequences)
+    sequence_of = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
     position_ids = torch.arange(len(sequence_of), device=device) - (lengths.cumsum(0) - lengths)[sequence_of]
     tokens = starts[sequence_of] + position_ids
-    is_action = rollout.loss_mask[tokens]
-    action_places = rollout.loss_mask.cumsum(0) - 1
-    at = is_action.nonzero().squeeze(1)
+    at = rollout.loss_mask[tokens].nonzero().squeeze(1)
     return MicroBatch(
         input_ids=rollout.input_ids[tokens],
         position_ids=position_ids,
         packing=plan(lengths.tolist(), device),
         rows=at - 1,
         targets=rollout.input_ids[tokens[at]],
-        actions=action_places[tokens[at]],
+        actions=rollout.action_places[tokens[at]],
         tokens=tokens,
     )
+
+
+def _spans(rollout: Rollout, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """First token and length of each named sequence, int64."""
+    chosen = torch.tensor(list(sequences), device=rollout.input_ids.device)
+    starts = rollout.cu_seqlens[chosen].long()
+    return starts, rollout.cu_seqlens[chosen + 1].long() - starts

@@ -28,6 +28,7 @@ from transformers import (
 from fastppo.attention import PACKED, dense_attention, plan
 from fastppo.checks import InputError, require
 from fastppo.config import ModelConfig
+from fastppo.hub import require_there
 from fastppo.microbatch import MicroBatch
 from fastppo_kernels import linear
 
@@ -138,7 +139,7 @@ def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint."""
-    _require_there(path)
+    require_there(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself
@@ -252,13 +253,8 @@ def _read(
         raise InputError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
 
 
-def _require_there(path: str) -> None:
-    is_hub_name = path.count("/") < 2 and not path.startswith((".", "/", "~"))
-    require(is_hub_name or Path(path).is_dir(), f"there is no folder {path!r}")
-
-
 def _read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    _require_there(path)
+    require_there(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -1,48 +1,98 @@
-"""What a person sees: the progress bar of a run and tables of results."""
+"""What a person sees: the progress bar of a run, tables of results, how a run ended."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-Show = Callable[[Mapping[str, float]], None]
-SHOWN = (  # metric, label, format
-    ("objective/scores", "reward", "{:.3f}"),
-    ("objective/kl", "kl", "{:.2f}"),
-    ("loss", "loss", "{:.3f}"),
+SHOWN = (  # metric, label, format; z: what rounds to zero has no sign
+    ("objective/scores", "reward", "{:z.3f}"),
+    ("objective/kl", "kl", "{:z.2f}"),
+    ("loss", "loss", "{:z.3f}"),
     ("perf/tokens_per_second", "tok/s", "{:.0f}"),
 )
+SILENCE_S = 20.0  # without a terminal, the longest that steps may pass without a line
+
+
+@dataclass
+class Phase:
+    """What runs now. Its text is made whenever the bar is drawn, and empty while the phase is short."""
+
+    name: str = ""
+    start: float = field(default_factory=lambda: time.monotonic())
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.start
+        return f"{self.name} {seconds:.0f} s" if self.name and seconds >= 1 else ""
+
+
+class Show:
+    """Call it with the metrics of every step that is done; `phase` names what runs until the next call.
+
+    On a terminal both are drawn in the bar. Without one every tenth of the steps is a line, and so is a step or a phase
+    that begins after `SILENCE_S` without a line.
+    """
+
+    def __init__(self, bar: Progress, task: TaskID, *, plain: bool) -> None:
+        self.bar, self.task, self.plain = bar, bar.tasks[task], plain
+        self.total = int(self.task.total or 0)
+        self.every = max(1, self.total // 10)
+        self.spoke = self.stepped = time.monotonic()
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        shown = ((label, form.format(metrics[name])) for name, label, form in SHOWN if name in metrics)
+        numbers = "  ".join(f"{label} {number}" for label, number in shown)
+        self.bar.update(self.task.id, advance=1, numbers=numbers, phase=Phase())
+        self.stepped = time.monotonic()
+        done = int(self.task.completed)
+        if done % self.every == 0 or done == self.total or self.stepped - self.spoke >= SILENCE_S:
+            self._print(numbers)
+
+    def phase(self, name: str) -> None:
+        """`name` begins."""
+        self.bar.update(self.task.id, phase=Phase(name))
+        if time.monotonic() - max(self.spoke, self.stepped) >= SILENCE_S:
+            self._print(f"{name} ...")
+
+    def _print(self, text: str) -> None:
+        self.spoke = time.monotonic()
+        if self.plain:
+            print(f"{self.task.description} {self.task.completed:.0f}/{self.total}  {text}", flush=True)
 
 
 @contextmanager
 def progress(total: int, *, done: int = 0, title: str = "ppo", quiet: bool = False) -> Iterator[Show]:
-    """A bar with reward, KL and tokens/s; without a terminal, a plain line now and then; nothing when `quiet`."""
+    """A bar with reward, KL, tokens/s and what runs now; without a terminal, lines; nothing when `quiet`."""
     console = Console(stderr=True, quiet=quiet)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    numbers_column = TextColumn("{task.fields[numbers]}")
-    with Progress(*columns, numbers_column, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, completed=done, numbers="")
-        every = max(1, total // 10)
-
-        def show(metrics: Mapping[str, float]) -> None:
-            nonlocal done
-            done += 1
-            shown = ((label, form.format(metrics[name])) for name, label, form in SHOWN if name in metrics)
-            numbers = "  ".join(f"{label} {number}" for label, number in shown)
-            bar.update(task, advance=1, numbers=numbers)
-            if not quiet and not console.is_terminal and (done % every == 0 or done == total):
-                print(f"{title} {done}/{total}  {numbers}", flush=True)
-
-        yield show
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    texts = (TextColumn("{task.fields[numbers]}"), TextColumn("{task.fields[phase]}"))
+    with Progress(*columns, *texts, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, completed=done, numbers="", phase=Phase())
+        yield Show(bar, task, plain=not quiet and not console.is_terminal)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table."""
-    out = Table(title=title, title_justify="left")
+    """Print a table under its title, which may be wider than the table."""
+    out = Table()
     for name in header:
         out.add_column(name, overflow="fold")
     for row in rows:
         out.add_row(*(str(x) for x in row))
+    print(title)
     Console().print(out)
+
+
+def summary(folder: Path) -> None:
+    """Print what the first and the last evaluation of a run gave, and where the run is."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluations = [row for row in map(json.loads, lines) if row.get("eval/scores") is not None]
+    ends = {row["step"]: row["eval/scores"] for row in (*evaluations[:1], *evaluations[-1:])}
+    if ends:
+        print("held-out score:", " -> ".join(f"{score:z.3f} (iteration {step})" for step, score in ends.items()))
+    print(f"run folder: {folder}", flush=True)

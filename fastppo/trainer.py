@@ -24,7 +24,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
     the run then ends as if it had never stopped.
 
     Ctrl-C saves a checkpoint under `checkpoints/interrupted` and returns. Any other failure saves it too and is raised.
-    Of several ranks the first one writes everything.
+    Before the end of the first iteration there is nothing to save. Of several ranks the first one writes everything.
 
     Raises:
         ValueError: the config names something that is missing or damaged, or the run folder already holds a run.
@@ -37,8 +37,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
         show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
         for step in range(run.step + 1, config.train.total_steps + 1):
             if (step - 1) % config.train.eval_every == 0:
+                show.phase("evaluation")
                 evaluate(run, step - 1)
-            timer = PhaseTimer()
+            timer = PhaseTimer(show.phase)
             prompts = next(run.prompts)
             with timer("rollout"):
                 rollout = run.engine.generate(prompts)
@@ -54,6 +55,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
             mark(run, step)
             if config.train.save_every and step % config.train.save_every == 0:
                 save(run, f"step-{step:06d}")
+        show.phase("evaluation")
         evaluate(run, config.train.total_steps)
         save(run, "final")
     return run.folder
@@ -135,9 +137,11 @@ def _saved_on_failure(run: Run) -> Iterator[None]:
 
 
 def _save_interrupted(run: Run, why: str) -> None:
-    """Unless nothing was trained."""
+    """Unless nothing was trained, and say so."""
     if _writes() and run.engine.version > 0:
         print(f"{why} after {run.step} iterations: saved {save(run, 'interrupted')}", flush=True)
+    elif _writes():
+        print(f"{why} before the end of the first iteration: nothing was trained, so nothing is saved", flush=True)
 
 
 def _writes() -> bool:

@@ -37,7 +37,8 @@ class Minibatch:
     """One optimizer step's worth of sequences, with the weight of each action."""
 
     sequences: list[int]
-    weights: Tensor  # (R,), zero outside the minibatch
+    weights: Tensor  # (R,), shared by the minibatches of an epoch: each action is in one of them
+    trains: bool  # whether any of its actions has a weight
 
 
 def update(
@@ -52,7 +53,7 @@ def update(
     stopped = False
     for _ in range(config.num_epochs):
         for minibatch in _minibatches(experience, config, objective, generator):
-            if not bool(minibatch.weights.any()) and distributed.world_size() == 1:
+            if not minibatch.trains and distributed.world_size() == 1:
                 continue  # no action trains: a step would only follow Adam's momentum
             if objective.train_policy:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
@@ -94,17 +95,15 @@ def _minibatches(
     order = torch.randperm(len(experience), generator=generator)
     counts = experience.action_cu_seqlens.diff().long()
     starts = experience.action_cu_seqlens[:-1].long()
-    out = []
+    weights, out = torch.zeros_like(experience.advantages), []
     for sequences in order.to(counts.device).tensor_split(min(config.num_minibatches, len(order))):
         lengths = counts[sequences]
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         within = torch.arange(int(cu_seqlens[-1]), device=lengths.device) - cu_seqlens[:-1].repeat_interleave(lengths)
         actions = starts[sequences].repeat_interleave(lengths) + within
-        weights = torch.zeros_like(experience.advantages)
-        weights[actions] = loss_weights(
-            experience.mask[actions], cu_seqlens, config.aggregation, objective.loss_divisor
-        )
-        out.append(Minibatch(sequences.tolist(), weights))
+        own = loss_weights(experience.mask[actions], cu_seqlens, config.aggregation, objective.loss_divisor)
+        weights[actions] = own
+        out.append(Minibatch(sequences.tolist(), weights, bool(own.any())))
     return out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -37,6 +38,12 @@ def test_exact_match_wants_the_sum_and_an_end(response, reason, score):
         prompt="12+34=", response=response, prompt_ids=[1], response_ids=[2], finish_reason=reason, record=record
     )
     assert demo.exact_match([sample]) == [score]
+
+
+def test_the_demo_says_what_it_does_as_it_goes(tmp_path, capsys):
+    demo.demo(tmp_path, sizes=demo.Sizes(sft_steps=1, reward_steps=1, ppo_steps=1))
+    stages = re.findall(r"^ *\d+ s  ([\w ]+):", capsys.readouterr().out, re.MULTILINE)
+    assert stages == ["data", "demonstrations", "reward model", "PPO"]
 
 
 @pytest.mark.slow

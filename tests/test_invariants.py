@@ -127,10 +127,14 @@ def test_first_minibatch_has_ratio_one_and_clips_nothing(source: str, minibatche
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_recomputed_ratio_is_one_to_rounding(temperature: float) -> None:
-    """Log-probs of `score` taken as another policy's: scoring and training compute the same thing."""
+@pytest.mark.parametrize("source", ["sampled", "foreign"])
+def test_recomputed_ratio_is_one_to_rounding(source: str, temperature: float) -> None:
+    """Log-probs taken as another policy's, so that the trainer's forward computes the ratio: of `score` for foreign
+    trajectories, of the sampler with its padding and cache for its own."""
     made = engine(ppo={"max_tokens_per_microbatch": 20}, rollout={"temperature": temperature})
-    experience = made.score(trajectories(), SCORES)
+    sampled = source == "sampled"
+    experience = made.score(made.generate(prompts()) if sampled else trajectories(), SCORES)
+    assert (experience.logprobs is experience.rollout.logprobs) == sampled
     metrics = made.update(replace(experience, policy_version=-1))
     assert abs(metrics["val/ratio_max"] - 1) <= 1e-5
     assert metrics["val/ratio_var"] <= 1e-9

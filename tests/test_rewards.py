@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,8 +157,28 @@ def test_rewards_that_cannot_be_told_apart_or_weighted_are_refused() -> None:
         WeightedRewards([FunctionReward(lengths), FunctionReward(answers)], weights=[1.0])
     with pytest.raises(ValueError, match="at least one reward is needed, got none"):
         WeightedRewards([])
-    with pytest.raises(ValueError, match="cannot import 'no_such_module:f': ModuleNotFoundError"):
-        FunctionReward("no_such_module:f")
+
+
+BROKEN_MODULES = {
+    "no_such_module": (None, "ModuleNotFoundError: No module named 'no_such_module'; is its folder on PYTHONPATH?"),
+    "my.scores": (None, "ModuleNotFoundError: No module named 'my'; is its folder on PYTHONPATH?"),
+    "needs_another": ("import not_installed", "ModuleNotFoundError: No module named 'not_installed'"),
+    "wrong_name": ("from math import tau2", "ImportError: cannot import name 'tau2' from 'math'"),
+    "no_function": ("def g(samples): ...", "AttributeError: module 'no_function' has no attribute 'f'"),
+    "fails": ("1 / 0", "ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("module", BROKEN_MODULES)
+def test_what_is_wrong_with_a_module_is_what_is_said(module: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A hint at PYTHONPATH helps only where the module itself was not found."""
+    source, reason = BROKEN_MODULES[module]
+    monkeypatch.syspath_prepend(tmp_path)
+    if source is not None:
+        (tmp_path / f"{module}.py").write_text(source)
+    with pytest.raises(ValueError, match=re.escape(f"cannot import '{module}:f': {reason}")) as error:
+        FunctionReward(f"{module}:f")
+    assert ("PYTHONPATH" in str(error.value)) == (source is None)
 
 
 def by_answer(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """A run file says what is run: nothing in it is ignored, and what is wrong in it is one sentence with the way out."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 import runs
-from fastppo import RunConfig, load_config
+from fastppo import RunConfig, config, config_inputs, load_config
 from fastppo.run_file import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {
@@ -71,6 +74,21 @@ def test_every_key_of_a_file_arrives(tmp_path: Path) -> None:
             assert value == expected, f"{section}.{key}"
     assert [(r["kind"], r["weight"], r["retries"]) for r in made["rewards"]] == [("model", -0.5, 3), ("http", 1.0, 0)]
     assert made["seed"] == 7 and made["out"] == default["out"]
+
+
+def test_every_key_has_a_line_of_help() -> None:
+    """A string below the field, which `fastppo train RUN.toml --help` prints."""
+    silent = [
+        f"{cls.name}.{key.target.id}"
+        for module in (config, config_inputs)
+        for cls in ast.parse(inspect.getsource(module)).body
+        if isinstance(cls, ast.ClassDef)
+        for key, after in itertools.pairwise([*cls.body, ast.Pass()])
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant))
+    ]
+    tables = [field.name for field in dataclasses.fields(RunConfig) if field.name not in ("out", "seed", "device")]
+    assert silent == [f"RunConfig.{name}" for name in tables]  # whose help is their class's
 
 
 SECTIONS = ("policy", "data", "critic", "rollout", "ppo", "policy_optimizer", "critic_optimizer", "train")

@@ -26,7 +26,7 @@ from transformers import (
 
 import runs
 from batches import equal_weights, weights
-from fastppo import RewardError, RunConfig, demo, train
+from fastppo import PPOEngine, RewardError, RunConfig, demo, train
 from fastppo.run_file import from_dict
 
 TRL_NAMES = {  # of trl.PPOTrainer's log, where both have the quantity
@@ -35,6 +35,7 @@ TRL_NAMES = {  # of trl.PPOTrainer's log, where both have the quantity
     "val/num_eos_tokens", "episode",
 }  # fmt: skip
 STEPS = 4
+NOTHING_SAVED = "before the end of the first iteration: nothing was trained, so nothing is saved\n"
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +154,25 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(run: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_run_that_failed_before_its_first_number_is_no_run(tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_first_number_is_no_run(tmp_path: Path, capsys: Any) -> None:
     fails = [{"kind": "function", "target": "runs:always_fails"}]
     with pytest.raises(RewardError):
         train(runs.config(tmp_path, rewards=fails))
+    assert capsys.readouterr().out == f"failed {NOTHING_SAVED}"
+    assert not (tmp_path / "run" / "checkpoints").exists()
     assert len(iterations(train(runs.config(tmp_path, train={"total_steps": 1})))) == 1
+
+
+def test_ctrl_c_before_the_first_update_saves_nothing_and_says_so(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PPOEngine, "update", interrupted)
+    assert train(runs.config(tmp_path)) == tmp_path / "run"
+    assert capsys.readouterr().out == f"interrupted {NOTHING_SAVED}"
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("logger", ["wandb", "trackio"])
@@ -220,7 +235,7 @@ def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
     ranks = [start(path, "--train.save-every", "2", **world, RANK=str(rank)) for rank in range(2)]
     outputs = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert outputs[1][0] == "" and outputs[0][0].count("\n") == 3
+    assert outputs[1][0] == "" and outputs[0][0].count("\n") == 5  # three iterations, and how it ended
     folder = tmp_path / "run"
     assert [(row["step"], row["episode"]) for row in iterations(folder)] == [(1, 4), (2, 8), (3, 12)]
     assert [row["step"] for row in evaluations(folder)] == [0, 2, 3]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from batches import (
@@ -17,7 +18,9 @@ from batches import (
     trajectories,
     weights,
 )
-from fastppo import PPOEngine, update
+from fastppo import PPOConfig, PPOEngine, update
+from fastppo.aggregate import sequence_index
+from fastppo.microbatch import microbatches
 
 
 def step(made: PPOEngine, seed: int = 0) -> dict[str, float]:
@@ -34,8 +37,8 @@ def test_every_sequence_is_trained_once_per_epoch_in_a_new_order(
 
     def spy(model: Any, experience: Any, minibatch: Any, *rest: Any) -> Any:
         seen.append(minibatch.sequences)
-        trained = experience.action_cu_seqlens.diff()[minibatch.sequences].sum()
-        assert torch.count_nonzero(minibatch.weights) == trained
+        own = torch.isin(sequence_index(experience.action_cu_seqlens), torch.tensor(minibatch.sequences))
+        torch.testing.assert_close(minibatch.weights[own], torch.full([int(own.sum())], 1 / int(own.sum())))
         return inner(model, experience, minibatch, *rest)
 
     monkeypatch.setattr(update, "_policy_gradient", spy)
@@ -47,6 +50,33 @@ def test_every_sequence_is_trained_once_per_epoch_in_a_new_order(
     epochs = [sum(seen[i : i + per_epoch], []) for i in range(0, len(seen), per_epoch)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+class Elements(TorchDispatchMode):
+    """How many tensor elements every operation made, in all."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor) and not any(made is arg for arg in args):
+                self.total += made.numel()
+        return out
+
+
+def test_cutting_a_batch_into_minibatches_costs_what_the_batch_is_long() -> None:
+    """Per sequence and element as much for a batch of 1024 as for one of 64: nothing looks at the whole batch again."""
+    costs = []
+    for size in (64, 1024):
+        experience = engine().score(trajectories(LENGTHS * (size // 8)), SCORES * (size // 8))
+        objective = update.Objective(1.0, 0.0, 0.0, 1.0, True, True)
+        with Elements() as elements:
+            config = PPOConfig(num_minibatches=size // 4)
+            for minibatch in update._minibatches(experience, config, objective, torch.Generator()):
+                assert list(microbatches(experience.rollout, 1000, minibatch.sequences))
+        costs.append(elements.total / size)
+    assert costs[1] <= 1.1 * costs[0]
 
 
 def test_the_seed_fixes_the_order_and_nothing_else_does() -> None:
