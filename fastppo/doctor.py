@@ -9,6 +9,7 @@ import torch
 from fastppo import attention
 from fastppo.report import table
 from fastppo_kernels import native
+from fastppo_kernels.backend import BACKEND_VARIABLE, available, choose_backend
 
 PACKAGES = {
     "torch": "required",
@@ -44,11 +45,7 @@ def _choices() -> list[tuple[str, str, str]]:
         for softcap, label in ((None, ""), (50.0, " with soft-cap")):
             users.setdefault(attention.backend(device, dtype, softcap), []).append(f"{str(dtype)[6:]}{label}")
     rows = [(f"attention, {', '.join(names)}", name, ATTENTION_WHY[name]) for name, names in users.items()]
-    forced = os.environ.get("FASTPPO_BACKEND")
-    why = f"FASTPPO_BACKEND={forced}" if forced else "the default"
-    rows.append(("losses, log-probs, sampling", forced or "reference (PyTorch)", why))
-    rows.append(("gae", _gae_backend(device, forced), why if forced else "C++ on CPU, PyTorch elsewhere"))
-    return rows
+    return [*rows, ("losses, log-probs, gae, sampling", *_kernels(device))]
 
 
 ATTENTION_WHY = {
@@ -58,13 +55,16 @@ ATTENTION_WHY = {
 }
 
 
-def _gae_backend(device: torch.device, forced: str | None) -> str:
-    if forced or device.type != "cpu":
-        return forced or "reference (PyTorch)"
+def _kernels(device: torch.device) -> tuple[str, str]:
+    """The backend that a float32 tensor of this device gets, and why."""
+    x = torch.empty(0, device=device)
     try:
-        return f"native (C++, ABI {native.load().fastppo_abi_version()})"
-    except FileNotFoundError as error:
-        return f"missing: {error}"
+        name = choose_backend("doctor", None, x)
+        detail = f" (C++, {', '.join(native.available_isas())})" if name == "native" else ""
+    except (FileNotFoundError, ValueError) as error:
+        return "none", str(error)
+    forced = os.environ.get(BACKEND_VARIABLE)
+    return name + detail, f"{BACKEND_VARIABLE}={forced}" if forced else f"the first of: {', '.join(available(x))}"
 
 
 def _version(package: str) -> str:

@@ -19,7 +19,7 @@ from fastppo import (
     models,
 )
 from fastppo.microbatch import gather
-from fastppo_kernels import linear_ppo_loss, sample
+from fastppo_kernels import linear_ppo_loss, logits_ppo_loss, sample
 from numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +62,65 @@ def test_linear_ppo_loss_answers_to_float64(vocab, dtype):
     truth, base, actual = run(h.double(), w.double(), "cpu"), run(h, w, "cpu"), run(h, w, DEVICE)
     for name, a, b, t in zip(("loss", "dhidden", "dweight"), actual, base, truth, strict=True):
         assert_as_accurate(name, a, b, t, atol=1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hundred_runs_are_bitwise_equal(dtype):
+    """At a vocabulary and a number of rows that fill the GPU; in the gradient of the weight, too."""
+    R, H, V = 2048, 256, 32000
+    hidden, weight = torch.randn(R, H, device=DEVICE).to(dtype), (0.1 * torch.randn(V, H, device=DEVICE)).to(dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    targets = torch.randint(V, (R,), device=DEVICE)
+    rows = (torch.randn(R, device=DEVICE) - 10, torch.randn(R, device=DEVICE), torch.rand(R, device=DEVICE) / R)
+
+    def run():
+        loss, stats = linear_ppo_loss(hidden, weight, targets, *rows, entropy_coef=0.01)
+        return [loss, *stats.values(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    first = run()
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 127, 50257, 128256, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 63, 1025])
+def test_logits_ppo_loss_answers_to_float64(rows, dtype, vocab):
+    logits, targets = 3 * torch.randn(rows, vocab, device=DEVICE), torch.randint(vocab, (rows,), device=DEVICE)
+    logits = logits.to(dtype)
+    constants = (
+        torch.randn(rows, device=DEVICE) - 9,
+        torch.randn(rows, device=DEVICE),
+        torch.rand(rows, device=DEVICE),
+    )
+
+    def run(z, backend):
+        z = z.clone().requires_grad_()
+        like = [x.to(torch.float64 if z.dtype == torch.float64 else torch.float32) for x in constants]
+        options = {"entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs": like[0] - 0.5, "temperature": 0.7}
+        loss, _ = logits_ppo_loss(z, targets, *like, **options, inplace=False, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, z)]
+
+    truth, base = run(logits.double(), "reference"), run(logits, "reference")
+    for name, a, b, t in zip(("loss", "dlogits"), run(logits, "triton"), base, truth, strict=True):
+        assert_as_accurate(name, a, b, t, atol=1e-6)
+
+
+def test_no_op_waits_for_the_device():
+    """What a captured graph or an overlapped loop needs: nothing is read back."""
+    hidden, weight = torch.randn(64, 32, device=DEVICE), torch.randn(500, 32, device=DEVICE)
+    hidden.requires_grad_()
+    targets, rows = torch.randint(500, (64,), device=DEVICE), [torch.randn(64, device=DEVICE) for _ in range(3)]
+    linear_ppo_loss(hidden, weight, targets, *rows)[0].backward()  # compiles
+    sample(hidden.detach(), torch.rand(64, device=DEVICE))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_ppo_loss(hidden, weight, targets, *rows)[0].backward()
+        sample(hidden.detach(), torch.rand(64, device=DEVICE))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_sampling_on_the_gpu_draws_the_same_tokens():
