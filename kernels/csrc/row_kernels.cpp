@@ -67,10 +67,14 @@ FASTPPO_INLINE F capped(F z, const Scale& scale, F& tanh) {
 }
 
 template <bool CAP>
-FASTPPO_INLINE float shift_of(float max, const Scale& scale) {
+FASTPPO_INLINE float capped(float z, const Scale& scale) {
     F tanh;
-    if (CAP) return largest(capped<CAP>(set(max), scale, tanh));
-    return max > -kInfinity ? max : 0.0f;  // -inf - -inf would be NaN
+    return CAP ? largest(capped<CAP>(set(z), scale, tanh)) : z;
+}
+
+template <bool CAP>
+FASTPPO_INLINE float shift_of(float max, const Scale& scale) {
+    return CAP || max > -kInfinity ? capped<CAP>(max, scale) : 0.0f;  // -inf - -inf would be NaN
 }
 
 // What every element of a row needs: d = y(z) - shift, no less than makes 2^(d k) zero, and 2^(d k) itself.
@@ -106,11 +110,12 @@ FASTPPO_INLINE float largest_of(const In* z, int64_t count, float so_far) {
 }
 
 template <class In, bool ENTROPY, bool CAP>
-RowSums sum_sweep(const void* logits, int64_t vocab_size, const Scale& scale) {
+RowSums sum_sweep(const void* logits, int64_t vocab_size, int64_t target, const Scale& scale) {
     const In* row = static_cast<const In*>(logits);
     const int64_t block = kBlockBytes / sizeof(In);
     float max_so_far = -kInfinity;
-    RowSums out = {shift_of<CAP>(max_so_far, scale), 0.0, 0.0};
+    const float target_logit = largest(load_first(row + target, 1, -kInfinity));
+    RowSums out = {shift_of<CAP>(max_so_far, scale), capped<CAP>(target_logit, scale), 0.0, 0.0};
     for (int64_t begin = 0; begin < vocab_size; begin += block) {
         const In* z = row + begin;
         const int64_t count = vocab_size - begin < block ? vocab_size - begin : block;

@@ -39,14 +39,6 @@ constexpr int kNumInstructionSets = sizeof kInstructionSets / sizeof kInstructio
 
 int64_t element_size(Dtype dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-double element(const void* row, Dtype dtype, int64_t j) {
-    if (dtype == kFloat32) return static_cast<const float*>(row)[j];
-    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(row)[j]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Rounded to nearest even, as the sweeps do.
 void set_element(void* row, Dtype dtype, int64_t j, float value) {
     if (dtype == kFloat32) {
@@ -69,7 +61,6 @@ struct Row {
     RowSums sums;
     double above;  // d of the target
     double mean;   // of d; 0 without entropy
-    double tanh;   // of the target's logit over the soft-cap
     float logprob;
     float entropy;
 
@@ -83,14 +74,8 @@ struct Row {
     // First sweep. The target's logit is taken relative to the maximum before anything else happens to it.
     void measure(bool with_entropy) {
         const SumSweep sweep = kernels.sum[batch.logits_dtype][with_entropy][batch.softcap != 0.0];
-        sums = sweep(logits, batch.vocab_size, scale);
-        double y = element(logits, batch.logits_dtype, target);
-        tanh = 0.0;
-        if (batch.softcap != 0.0) {
-            tanh = std::tanh(y / batch.softcap);
-            y = batch.softcap * tanh;
-        }
-        above = y - sums.shift;
+        sums = sweep(logits, batch.vocab_size, target, scale);
+        above = static_cast<double>(sums.target) - sums.shift;
         mean = with_entropy ? sums.weighted_sum / sums.sum : 0.0;
         logprob = static_cast<float>(above / batch.temperature - std::log(sums.sum));
         entropy = with_entropy ? static_cast<float>(std::log(sums.sum) - mean / batch.temperature) : 0.0f;
@@ -104,6 +89,7 @@ struct Row {
         const double constant = dlogprob / batch.temperature, slope = dentropy / (batch.temperature * batch.temperature);
         const double p = std::exp(above / batch.temperature) / sums.sum;
         const double entropy_part = p == 0.0 || !with_entropy ? 0.0 : -slope * p * (above - mean);
+        const double tanh = batch.softcap != 0.0 ? sums.target / batch.softcap : 0.0;
         const double at_target = (constant * (1.0 - p) + entropy_part) * (1.0 - tanh * tanh);
         const Gradient gradient = {
             sums.shift,

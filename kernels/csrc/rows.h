@@ -59,6 +59,7 @@ struct Scale {
 // First sweep over a row, relative to its maximum: sum e and sum d e (0 unless asked for) over the row.
 struct RowSums {
     float shift;               // y(max z); 0 where every z is -inf
+    float target;              // y of the target, in the same arithmetic
     double sum;
     double weighted_sum;
 };
@@ -70,7 +71,7 @@ struct Gradient {
     float slope;
 };
 
-using SumSweep = RowSums (*)(const void* logits, int64_t vocab_size, const Scale&);
+using SumSweep = RowSums (*)(const void* logits, int64_t vocab_size, int64_t target, const Scale&);
 using GradientSweep = void (*)(const void* logits, void* dlogits, int64_t vocab_size, const Scale&, const Gradient&);
 
 // Indices: dtype of logits, (dtype of dlogits,) entropy wanted, soft-cap wanted.

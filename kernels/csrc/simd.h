@@ -9,6 +9,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FASTPPO_INLINE static inline __attribute__((always_inline))
@@ -130,8 +132,12 @@ FASTPPO_INLINE F add(F a, F b) { return a + b; }
 FASTPPO_INLINE F sub(F a, F b) { return a - b; }
 FASTPPO_INLINE F mul(F a, F b) { return a * b; }
 FASTPPO_INLINE F div(F a, F b) { return a / b; }
-FASTPPO_INLINE F mul_add(F a, F b, F c) { return a * b + c; }  // one instruction where the target has it
-FASTPPO_INLINE F mul_sub(F a, F b, F c) { return a * b - c; }
+#if defined(__aarch64__)
+FASTPPO_INLINE F mul_add(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+#else
+FASTPPO_INLINE F mul_add(F a, F b, F c) { return a * b + c; }
+#endif
+FASTPPO_INLINE F mul_sub(F a, F b, F c) { return mul_add(a, b, -c); }
 FASTPPO_INLINE F max(F a, F b) { return a > b ? a : b; }
 FASTPPO_INLINE F min(F a, F b) { return a < b ? a : b; }
 FASTPPO_INLINE F exponent_bits(F r) { return (F)((Bits)r << 23); }
