@@ -170,7 +170,7 @@ def test_logits_too_far_below_to_matter_are_zero_not_noise(isa: str):
     truth = -(-gaps.double()).exp()
     assert (dlogits[0, 1:] - truth).abs().max() <= 2.0**-126
     near = gaps < 86
-    assert ((dlogits[0, 1:] / truth)[near] - 1).abs().max() < 1e-6
+    assert ((dlogits[0, 1:] / truth)[near] - 1).abs().max() < 5e-6
 
 
 def test_extreme_logits_under_a_softcap_are_its_bounds(isa: str):
