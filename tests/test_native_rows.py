@@ -234,7 +234,7 @@ def test_table_and_gradient_are_those_of_float64(
     targets = torch.where(rows.weights != 0, targets, 1 << 40)
     logits[rows.weights == 0] = math.nan
     s = PPOSettings(**kwargs)
-    dlogits = strided(torch.zeros_like(logits, dtype=out), 1)
+    dlogits = strided(torch.empty_like(logits, dtype=out), 1)
     table = native.ppo_rows(logits, targets, rows, s, head, entropy=True, dlogits=dlogits)
     baseline = plain_ppo(logits.float(), targets, rows, s, head)
     truth = plain_ppo(logits.double(), targets, rows, s, head)
