@@ -1,9 +1,12 @@
 // The two sweeps over a row of logits, written once and compiled for every instruction set (CMakeLists.txt): FASTPPO_ISA
 // names the table of kernels this translation unit defines. Nothing here is inline across translation units.
 //
-// First sweep, block by block: maximum, then sum of 2^t relative to the largest value so far. A block is read from
-// memory once, because its second pass hits the L1 cache. Second sweep: the gradient, over the logits if wanted. The
-// order of every operation depends on V alone, so a row's result depends on nothing but the row.
+// First sweep, block by block: maximum, then sum relative to the largest value so far. A block is read from memory once,
+// because its second pass hits the L1 cache, and that pass fetches the next block meanwhile. Second sweep: the gradient,
+// over the logits if wanted. The order of every operation depends on V alone, so a row's result depends on nothing but
+// the row.
+
+#include <cstddef>
 
 #include "rows.h"
 #include "simd.h"
@@ -12,37 +15,47 @@ using namespace fastppo;
 
 namespace {
 
-constexpr int kUnroll = 4;             // independent accumulators: the latency of an addition is 3 to 4 cycles
+constexpr int kUnroll = 2;             // pairs in flight with sums of their own: an addition takes 3 to 4 cycles
+constexpr int kStep = 2 * kUnroll * kLanes;
 constexpr int kBlockBytes = 16 << 10;  // half of the smallest L1 cache
 constexpr float kInfinity = __builtin_inff();
 
-// 2^f - 1 for |f| <= 1/2, relative error of 2^f below 1.2e-8 before rounding: least maximum error of the form
-// f * P5(f), coefficients rounded to float32.
-FASTPPO_INLINE F exp2_minus_1(F f) {
-    F p = set(1.5353361956775188e-4f);
-    p = fma(p, f, set(1.3398873852565885e-3f));
-    p = fma(p, f, set(9.618436917662620e-3f));
-    p = fma(p, f, set(5.5503331124782562e-2f));
-    p = fma(p, f, set(2.4022646248340607e-1f));
-    p = fma(p, f, set(6.9314718246459961e-1f));
-    return mul(p, f);
+// Adding kMagic rounds to an integer n, to nearest even, because the sum has an ulp of 1, and leaves n + 127 in the low
+// bits of the sum: shifted left by 23 they are the float 2^n, and 0 for n = -127.
+constexpr float kMagic = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the exponent bias
+
+// P_D(f) with 2^f = 1 + f P_D(f) for |f| <= 1/2: least maximum error of this form, coefficients rounded to float32. The
+// relative error of 2^f is 1.2e-8 for D = 6, 1.0e-7 for 5 and 2.8e-6, far below an ulp of bfloat16, for 4.
+template <int D>
+FASTPPO_INLINE F exp2_polynomial(F f) {
+    static_assert(D >= 4 && D <= 6, "no other degree was fitted");
+    constexpr float c[3][6] = {
+        {6.931241750717163e-1f, 2.402409762144089e-1f, 5.590643361210823e-2f, 9.582851082086563e-3f},
+        {6.931470036506653e-1f, 2.402224391698837e-1f, 5.550732836127281e-2f, 9.671514853835106e-3f,
+         1.326472731307149e-3f},
+        {6.931471824645996e-1f, 2.402264624834061e-1f, 5.550333112478256e-2f, 9.618438780307770e-3f,
+         1.339887385256589e-3f, 1.535336195956916e-4f},
+    };
+    F p = set(c[D - 4][D - 1]);
+    for (int i = D - 2; i >= 0; --i) p = mul_add(p, f, set(c[D - 4][i]));
+    return p;
 }
 
-// 2^(d * k) for d * k <= 0, 0 for -inf and below 2^-125.5; NaN stays NaN.
+// 2^(d k) for `least_exponent` <= d k <= 0 or so; 0 at the lower end. NaN stays NaN.
+template <int D>
 FASTPPO_INLINE F exp2_of(F d, F k) {
-    const F r = fma(d, k, set(kMagic));
-    const F n = sub(r, set(kMagic));
-    const F f = fma(d, k, sub(set(0.0f), n));
-    return mul_unless_below(r, set(kSmallest), add(exp2_minus_1(f), set(1.0f)), power(r));
+    const F r = mul_add(d, k, set(kMagic));
+    const F f = mul_sub(d, k, sub(r, set(kMagic)));
+    return mul(mul_add(exp2_polynomial<D>(f), f, set(1.0f)), exponent_bits(r));
 }
 
 // tanh x = (e^2x - 1) / (e^2x + 1), with e^2x - 1 made without cancellation. 1 in float32 from |x| = 9.1 on.
 FASTPPO_INLINE F tanh_of(F x) {
     const F k = set(2.8853900817779268f), bounded = max(set(-10.0f), min(set(10.0f), x));  // NaN stays NaN
-    const F r = fma(bounded, k, set(kMagic));
-    const F f = fma(bounded, k, sub(set(kMagic), r));
-    const F p = power(r);
-    const F e = fma(p, exp2_minus_1(f), sub(p, set(1.0f)));
+    const F r = mul_add(bounded, k, set(kMagic));
+    const F f = mul_sub(bounded, k, sub(r, set(kMagic)));
+    const F p = exponent_bits(r);
+    const F e = mul_add(p, mul(exp2_polynomial<6>(f), f), sub(p, set(1.0f)));
     return div(e, add(e, set(2.0f)));
 }
 
@@ -54,38 +67,55 @@ FASTPPO_INLINE F capped(F z, const Scale& scale, F& tanh) {
 }
 
 template <bool CAP>
-FASTPPO_INLINE float shift_of(float max, const Scale& scale) {
+FASTPPO_INLINE float capped(float z, const Scale& scale) {
     F tanh;
-    if (CAP) return largest(capped<CAP>(set(max), scale, tanh));
-    return max > -kInfinity ? max : 0.0f;  // -inf - -inf would be NaN
+    return CAP ? largest(capped<CAP>(set(z), scale, tanh)) : z;
 }
+
+template <bool CAP>
+FASTPPO_INLINE float shift_of(float max, const Scale& scale) {
+    return CAP || max > -kInfinity ? capped<CAP>(max, scale) : 0.0f;  // -inf - -inf would be NaN
+}
+
+// What every element of a row needs: d = y(z) - shift, no less than makes 2^(d k) zero, and 2^(d k) itself.
+template <int D, bool CAP>
+struct Exponential {
+    const Scale& scale;
+    F shift, k, least;
+
+    FASTPPO_INLINE Exponential make(const Scale& scale, float shift) {
+        return {scale, set(shift), set(scale.log2_scale), set(-127.0f / scale.log2_scale)};
+    }
+    inline __attribute__((always_inline)) F operator()(F z, F& d, F& tanh) const {
+        d = max(least, sub(capped<CAP>(z, scale, tanh), shift));
+        return exp2_of<D>(d, k);
+    }
+};
 
 template <class In>
 FASTPPO_INLINE float largest_of(const In* z, int64_t count, float so_far) {
-    F m[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) m[u] = set(so_far);
+    F m[kUnroll], n[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) m[u] = n[u] = set(so_far);
     int64_t j = 0;
-    for (; j + kUnroll * kLanes <= count; j += kUnroll * kLanes)
-        for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], load(z + j + u * kLanes));
-    for (; j + kLanes <= count; j += kLanes) m[0] = max(m[0], load(z + j));
-    if (j < count) m[0] = max(m[0], load_first(z + j, static_cast<int>(count - j), so_far));
-    return largest(max(max(m[0], m[1]), max(m[2], m[3])));
-}
-
-template <bool ENTROPY, bool CAP>
-FASTPPO_INLINE F exponential(F z, F shift, const Scale& scale, F& t) {
-    F tanh;
-    const F d = sub(capped<CAP>(z, scale, tanh), shift), k = set(scale.log2_scale);
-    if (ENTROPY) t = max(set(-127.0f), mul(d, k));  // finite where 2^t is 0, so that t 2^t is 0 too
-    return exp2_of(d, k);
+    for (; j + kStep <= count; j += kStep) {
+        for (int u = 0; u < kUnroll; ++u) {
+            const Pair x = load_pair(z + j + u * 2 * kLanes);
+            m[u] = max(m[u], x.a);
+            n[u] = max(n[u], x.b);
+        }
+    }
+    for (; j < count; j += kLanes)
+        m[0] = max(m[0], load_first(z + j, count - j < kLanes ? static_cast<int>(count - j) : kLanes, so_far));
+    return largest(max(max(m[0], m[1]), max(n[0], n[1])));
 }
 
 template <class In, bool ENTROPY, bool CAP>
-RowSums sum_sweep(const void* logits, int64_t vocab_size, const Scale& scale) {
+RowSums sum_sweep(const void* logits, int64_t vocab_size, int64_t target, const Scale& scale) {
     const In* row = static_cast<const In*>(logits);
     const int64_t block = kBlockBytes / sizeof(In);
     float max_so_far = -kInfinity;
-    RowSums out = {shift_of<CAP>(max_so_far, scale), 0.0, 0.0};
+    const float target_logit = largest(load_first(row + target, 1, -kInfinity));
+    RowSums out = {shift_of<CAP>(max_so_far, scale), capped<CAP>(target_logit, scale), 0.0, 0.0};
     for (int64_t begin = 0; begin < vocab_size; begin += block) {
         const In* z = row + begin;
         const int64_t count = vocab_size - begin < block ? vocab_size - begin : block;
@@ -93,48 +123,42 @@ RowSums sum_sweep(const void* logits, int64_t vocab_size, const Scale& scale) {
         if (block_max != max_so_far) {
             const float shift = shift_of<CAP>(block_max, scale);
             if (CAP || max_so_far > -kInfinity) {  // else both sums are 0, or NaN for ever
-                const double step = (static_cast<double>(out.shift) - shift) * scale.log2_scale;
-                const double factor = __builtin_exp2(step);
+                const double step = static_cast<double>(out.shift) - shift;
+                const double factor = __builtin_exp2(step * scale.log2_scale);
                 out.weighted_sum = factor * (out.weighted_sum + step * out.sum);
                 out.sum *= factor;
             }
             max_so_far = block_max;
             out.shift = shift;
         }
-        const F shift = set(out.shift);
-        F s[kUnroll], a[kUnroll], t = shift;
-        for (int u = 0; u < kUnroll; ++u) s[u] = a[u] = set(0.0f);
+        const auto exponential = Exponential<5, CAP>::make(scale, out.shift);
+        F s[2 * kUnroll], a[2 * kUnroll], d, tanh;
+        for (int u = 0; u < 2 * kUnroll; ++u) s[u] = a[u] = set(0.0f);
         int64_t j = 0;
-        for (; j + kUnroll * kLanes <= count; j += kUnroll * kLanes) {
+        for (; j + kStep <= count; j += kStep) {
             for (int u = 0; u < kUnroll; ++u) {
-                const F e = exponential<ENTROPY, CAP>(load(z + j + u * kLanes), shift, scale, t);
-                s[u] = add(s[u], e);
-                if (ENTROPY) a[u] = fma(e, t, a[u]);
+                const In* here = z + j + u * 2 * kLanes;
+                const Pair x = load_pair(here);
+                const F e = exponential(x.a, d, tanh);
+                s[2 * u] = add(s[2 * u], e);
+                if (ENTROPY) a[2 * u] = mul_add(e, d, a[2 * u]);
+                const F f = exponential(x.b, d, tanh);
+                s[2 * u + 1] = add(s[2 * u + 1], f);
+                if (ENTROPY) a[2 * u + 1] = mul_add(f, d, a[2 * u + 1]);
+                for (size_t byte = 0; byte < sizeof(In) * 2 * kLanes; byte += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(here + block) + byte);
             }
         }
         for (; j < count; j += kLanes) {
-            const int rest = static_cast<int>(count - j);
-            const F x = rest < kLanes ? load_first(z + j, rest, max_so_far) : load(z + j);
-            F e = exponential<ENTROPY, CAP>(x, shift, scale, t);
-            if (rest < kLanes) e = keep_first(e, rest);
+            const int rest = count - j < kLanes ? static_cast<int>(count - j) : kLanes;
+            const F e = keep_first(exponential(load_first(z + j, rest, max_so_far), d, tanh), rest);
             s[0] = add(s[0], e);
-            if (ENTROPY) a[0] = fma(e, t, a[0]);
+            if (ENTROPY) a[0] = mul_add(e, d, a[0]);
         }
         out.sum += total(add(add(s[0], s[1]), add(s[2], s[3])));
         if (ENTROPY) out.weighted_sum += total(add(add(a[0], a[1]), add(a[2], a[3])));
     }
     return out;
-}
-
-template <bool ENTROPY, bool CAP>
-FASTPPO_INLINE F gradient_of(F z, F shift, F constant, F slope, const Scale& scale) {
-    F tanh, t = shift;
-    const F d = sub(capped<CAP>(z, scale, tanh), shift), k = set(scale.log2_scale);
-    if (ENTROPY) t = max(set(-127.0f), mul(d, k));
-    const F e = exp2_of(d, k);
-    F g = mul(e, ENTROPY ? fma(slope, t, constant) : constant);
-    if (CAP) g = mul(g, sub(set(1.0f), mul(tanh, tanh)));
-    return g;
 }
 
 // dlogits may lie over logits: at the same addresses, or bfloat16 from the first byte of a float32 row on. Element j of
@@ -144,19 +168,23 @@ template <class In, class Out, bool ENTROPY, bool CAP>
 void gradient_sweep(const void* logits, void* dlogits, int64_t vocab_size, const Scale& scale, const Gradient& given) {
     const In* z = static_cast<const In*>(logits);
     Out* out = static_cast<Out*>(dlogits);
-    const F shift = set(given.shift), constant = set(given.constant), slope = set(given.slope);
+    const auto exponential = Exponential<sizeof(Out) == 2 ? 4 : 6, CAP>::make(scale, given.shift);
+    const F constant = set(given.constant), slope = set(given.slope);
+    const auto gradient = [&](F x) __attribute__((always_inline)) {
+        F d, tanh;
+        const F e = exponential(x, d, tanh);
+        const F g = mul(e, ENTROPY ? mul_add(slope, d, constant) : constant);
+        return CAP ? mul(g, sub(set(1.0f), mul(tanh, tanh))) : g;
+    };
     int64_t j = 0;
-    for (; j + kUnroll * kLanes <= vocab_size; j += kUnroll * kLanes) {
-        F x[kUnroll];
-        for (int u = 0; u < kUnroll; ++u) x[u] = load(z + j + u * kLanes);
-        for (int u = 0; u < kUnroll; ++u)
-            store(out + j + u * kLanes, gradient_of<ENTROPY, CAP>(x[u], shift, constant, slope, scale));
+    for (; j + kStep <= vocab_size; j += kStep) {
+        Pair x[kUnroll];
+        for (int u = 0; u < kUnroll; ++u) x[u] = load_pair(z + j + u * 2 * kLanes);
+        for (int u = 0; u < kUnroll; ++u) store_pair(In{}, out + j + u * 2 * kLanes, {gradient(x[u].a), gradient(x[u].b)});
     }
     for (; j < vocab_size; j += kLanes) {
-        const int64_t rest = vocab_size - j;
-        const int count = rest < kLanes ? static_cast<int>(rest) : kLanes;
-        const F x = load_first(z + j, count, given.shift);
-        store_first(out + j, count, gradient_of<ENTROPY, CAP>(x, shift, constant, slope, scale));
+        const int rest = vocab_size - j < kLanes ? static_cast<int>(vocab_size - j) : kLanes;
+        store_first(out + j, rest, gradient(load_first(z + j, rest, given.shift)));
     }
 }
 

@@ -16,7 +16,6 @@ extern const RowKernels rows_avx2, rows_avx512, rows_avx512_bf16;
 
 namespace {
 
-constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2E = 1.44269504088896340736;
 constexpr int64_t kPieceElements = 1 << 16;  // of a parallel loop: some 20 us of work
 constexpr int64_t kPieceTokens = 1 << 10;
@@ -40,14 +39,6 @@ constexpr int kNumInstructionSets = sizeof kInstructionSets / sizeof kInstructio
 
 int64_t element_size(Dtype dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-double element(const void* row, Dtype dtype, int64_t j) {
-    if (dtype == kFloat32) return static_cast<const float*>(row)[j];
-    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(row)[j]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Rounded to nearest even, as the sweeps do.
 void set_element(void* row, Dtype dtype, int64_t j, float value) {
     if (dtype == kFloat32) {
@@ -68,8 +59,8 @@ struct Row {
     const char* logits;
     int64_t target;
     RowSums sums;
-    double exponent;  // of 2, of the target's probability times S
-    double tanh;      // of the target's logit over the soft-cap
+    double above;  // d of the target
+    double mean;   // of d; 0 without entropy
     float logprob;
     float entropy;
 
@@ -83,39 +74,33 @@ struct Row {
     // First sweep. The target's logit is taken relative to the maximum before anything else happens to it.
     void measure(bool with_entropy) {
         const SumSweep sweep = kernels.sum[batch.logits_dtype][with_entropy][batch.softcap != 0.0];
-        sums = sweep(logits, batch.vocab_size, scale);
-        double y = element(logits, batch.logits_dtype, target);
-        tanh = 0.0;
-        if (batch.softcap != 0.0) {
-            tanh = std::tanh(y / batch.softcap);
-            y = batch.softcap * tanh;
-        }
-        const double above = (y - sums.shift) / batch.temperature;
-        exponent = above * kLog2E;
-        logprob = static_cast<float>(above - std::log(sums.sum));
-        entropy = with_entropy ? static_cast<float>(std::log(sums.sum) - kLn2 * sums.weighted_sum / sums.sum) : 0.0f;
+        sums = sweep(logits, batch.vocab_size, target, scale);
+        above = static_cast<double>(sums.target) - sums.shift;
+        mean = with_entropy ? sums.weighted_sum / sums.sum : 0.0;
+        logprob = static_cast<float>(above / batch.temperature - std::log(sums.sum));
+        entropy = with_entropy ? static_cast<float>(std::log(sums.sum) - mean / batch.temperature) : 0.0f;
     }
 
-    // Second sweep: dlogits of d logprob = c and d entropy = e, with t the exponent of 2 relative to the maximum:
-    //   dlogits_j = (c ([j = target] - p_j) - e ln2 p_j (t_j - E[t])) / temperature * (1 - tanh^2)
+    // Second sweep: the gradient of c log p_target + h H, with d relative to the maximum,
+    //   dlogits_j = (c ([j = target] - p_j) - h p_j (d_j - E[d]) / temperature) / temperature * (1 - tanh^2)
     // The target's own column holds a difference, made in double from the logit read before it is written over.
     void differentiate(int64_t i, float dlogprob, float dentropy) {
         const bool with_entropy = dentropy != 0.0f;
-        const double mean = with_entropy ? sums.weighted_sum / sums.sum : 0.0;
-        const double slope = -kLn2 * dentropy / batch.temperature;
-        const double p = std::exp2(exponent) / sums.sum;
-        const double entropy_part = p == 0.0 ? 0.0 : p * slope * (exponent - mean);
-        const double at_target = dlogprob * (1.0 - p) / batch.temperature + entropy_part;
+        const double constant = dlogprob / batch.temperature, slope = dentropy / (batch.temperature * batch.temperature);
+        const double p = std::exp(above / batch.temperature) / sums.sum;
+        const double entropy_part = p == 0.0 || !with_entropy ? 0.0 : -slope * p * (above - mean);
+        const double tanh = batch.softcap != 0.0 ? sums.target / batch.softcap : 0.0;
+        const double at_target = (constant * (1.0 - p) + entropy_part) * (1.0 - tanh * tanh);
         const Gradient gradient = {
             sums.shift,
-            static_cast<float>((-dlogprob / batch.temperature - slope * mean) / sums.sum),
-            static_cast<float>(slope / sums.sum),
+            static_cast<float>((slope * mean - constant) / sums.sum),
+            static_cast<float>(-slope / sums.sum),
         };
         const bool cap = batch.softcap != 0.0;
         void* out = dlogits(i);
         kernels.gradient[batch.logits_dtype][batch.dlogits_dtype][with_entropy][cap](
             logits, out, batch.vocab_size, scale, gradient);
-        set_element(out, batch.dlogits_dtype, target, static_cast<float>(at_target * (1.0 - tanh * tanh)));
+        set_element(out, batch.dlogits_dtype, target, static_cast<float>(at_target));
     }
 
     void* dlogits(int64_t i) const {

@@ -48,28 +48,30 @@ struct PPOSettings {
     int32_t straight_through;  // 1: with the gradient of k2
 };
 
-// How a raw logit z becomes the exponent of 2: t = (y(z) - shift) * log2_scale, y(z) = z or softcap * tanh(z / softcap).
+// How a raw logit z becomes e proportional to its probability: y(z) = z or softcap * tanh(z / softcap), d = y(z) - shift,
+// e = 2^(d * log2_scale).
 struct Scale {
     float log2_scale;          // log2(e) / temperature
     float softcap;             // 0: none
     float inverse_softcap;
 };
 
-// First sweep over a row, relative to its maximum: S = sum 2^t, A = sum t 2^t (0 unless asked for).
+// First sweep over a row, relative to its maximum: sum e and sum d e (0 unless asked for) over the row.
 struct RowSums {
     float shift;               // y(max z); 0 where every z is -inf
+    float target;              // y of the target, in the same arithmetic
     double sum;
     double weighted_sum;
 };
 
-// Second sweep: dlogits_j = 2^t (constant + slope t) (dy/dz)_j
+// Second sweep: dlogits_j = e_j (constant + slope d_j) (dy/dz)_j
 struct Gradient {
     float shift;
     float constant;
     float slope;
 };
 
-using SumSweep = RowSums (*)(const void* logits, int64_t vocab_size, const Scale&);
+using SumSweep = RowSums (*)(const void* logits, int64_t vocab_size, int64_t target, const Scale&);
 using GradientSweep = void (*)(const void* logits, void* dlogits, int64_t vocab_size, const Scale&, const Gradient&);
 
 // Indices: dtype of logits, (dtype of dlogits,) entropy wanted, soft-cap wanted.
