@@ -1,0 +1,20 @@
+"""The Triton backend, for CUDA and ROCm tensors; nothing imports it until such a tensor arrives."""
+
+from fastppo_kernels.gpu.rows import logprob_rows, logprob_rows_backward, ppo_rows
+from fastppo_kernels.gpu.sampling import sample
+from fastppo_kernels.gpu.sequences import gae, moments, token_rewards
+from fastppo_kernels.gpu.tokens import ppo_tokens
+from fastppo_kernels.gpu.values import linear_value_rows, value_rows
+
+__all__ = [
+    "gae",
+    "linear_value_rows",
+    "logprob_rows",
+    "logprob_rows_backward",
+    "moments",
+    "ppo_rows",
+    "ppo_tokens",
+    "sample",
+    "token_rewards",
+    "value_rows",
+]

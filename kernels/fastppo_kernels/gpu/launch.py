@@ -1,25 +1,60 @@
-"""What every launcher of a Triton kernel does first."""
+"""What the launchers of every kernel share: where a kernel may run, and the options it is compiled with."""
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # of this process: kernels are compiled or interpreted when imported
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels are defined, which is when it counts
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # the default differs between versions of Triton
 
 
-def device_of(op: str, x: Tensor) -> AbstractContextManager:
-    """Context in which kernels are launched on the device of `x`.
+def check_device(x: Tensor) -> None:
+    """Raise ValueError if `x` lies on the CPU and the kernels were not defined for Triton's interpreter."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "the Triton kernels got CPU tensors: move them to a GPU, choose another backend, "
+            "or set TRITON_INTERPRET=1 before the first import to run them slowly in Triton's interpreter"
+        )
+
+
+def on_device(x: Tensor) -> Any:
+    """Context in which kernels are launched on the device of `x`."""
+    return torch.cuda.device_of(x)
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """`x` as contiguous float32; itself where it already is."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def warp_size() -> int:
+    """Threads per warp: 64 on AMD's data centre GPUs, else 32."""
+    return 64 if torch.version.hip is not None else 32
+
+
+def num_processors(x: Tensor) -> int:
+    """Multiprocessors (compute units) of the device of `x`; 0 for the CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
+
+
+def shared_memory_bytes(x: Tensor) -> int:
+    """Shared memory a program may ask for on the device of `x`; the H100's for the CPU."""
+    if not x.is_cuda:
+        return 232448
+    return getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 65536)
+
+
+def device_of(op: str, x: Tensor) -> Any:
+    """Context in which the kernels of `op` are launched on the device of `x`.
 
     Raises:
         ValueError: `x` is on the CPU and kernels are not interpreted.
     """
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    if INTERPRETED:
-        return nullcontext()
-    raise ValueError(
-        f"the triton backend of {op} needs GPU tensors, got {x.device.type}; move them with .cuda(), or start Python "
-        "with TRITON_INTERPRET=1 to run the kernels on the CPU"
-    )
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            f"the triton backend of {op} needs GPU tensors, got cpu; move them with .cuda(), or start Python with "
+            "TRITON_INTERPRET=1 to run the kernels on the CPU"
+        )
+    return torch.cuda.device_of(x)
