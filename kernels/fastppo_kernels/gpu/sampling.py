@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)
 
 # What a column weighs: exp2(scale (x - maximum)) if it is kept, else 0; VIEW_TIES: 1 if it equals the threshold.
 VIEW_ALL = tl.constexpr(0)  # every column
-VIEW_KEPT = tl.constexpr(1)  # those above the threshold, and those equal to it up to column `last_tie`
+VIEW_KEPT = tl.constexpr(1)  # all but those below the threshold, and those equal to it beyond column `last_tie`
 VIEW_TIES = tl.constexpr(2)
 
 
@@ -42,7 +42,7 @@ def _columns(row_ptr, block, V, threshold, last_tie, VIEW: tl.constexpr, BLOCK: 
     else:
         x = tl.load(row_ptr + cols).to(tl.float32)
     if VIEW == VIEW_KEPT:
-        x = tl.where((x > threshold) | ((x == threshold) & (cols <= last_tie)), x, -float("inf"))
+        x = tl.where((x < threshold) | ((x == threshold) & (cols > last_tie)), -float("inf"), x)  # NaN is no less
     if VIEW == VIEW_TIES:
         x = tl.where((x == threshold) & (cols < V), 0.0, -float("inf"))
     return x
@@ -57,15 +57,13 @@ def _block_mass(x, scale):
 
 
 @triton.jit
-def _masses(
-    row_ptr, V, scale, threshold, last_tie, VIEW: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(maximum of the row, mass of each block relative to it (NUM_BLOCKS,), their sum): one sweep."""
+def _masses(row_ptr, V, scale, threshold, last_tie, VIEW: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """(maximum, mass of each block relative to it (NUM_BLOCKS,), their sum); (-inf, 0, 0) of nothing: one sweep."""
     blocks = tl.arange(0, NUM_BLOCKS)
     tops = tl.full((NUM_BLOCKS,), -float("inf"), tl.float32)
     masses = tl.zeros((NUM_BLOCKS,), tl.float32)
     whole = V // BLOCK
-    for block in range(0, whole):
+    for block in tl.range(0, whole, num_stages=3):
         x = _columns(row_ptr, block, V, threshold, last_tie, VIEW, BLOCK, TAIL=False)
         top, mass = _block_mass(x, scale)
         tops = tl.where(blocks == block, top, tops)
@@ -76,7 +74,7 @@ def _masses(
         tops = tl.where(blocks == whole, top, tops)
         masses = tl.where(blocks == whole, mass, masses)
     top = tl.max(tops, axis=0)
-    masses *= tl.exp2((tops - top) * scale)
+    masses *= tl.exp2((tops - tl.where(top == -float("inf"), 0.0, top)) * scale)
     return top, masses, tl.sum(masses, axis=0)
 
 
@@ -217,9 +215,7 @@ def _sample_kernel(
         top, masses, total = _masses(row_ptr, V, scale, threshold, last_tie, VIEW_KEPT, NUM_BLOCKS, BLOCK)
         log_mass = tl.log(total) - tl.log(everything)
         goal = tl.load(uniform_ptr + row).to(tl.float32) * total
-        token = _column_above(
-            row_ptr, V, scale, threshold, last_tie, top, masses, goal, VIEW_KEPT, NUM_BLOCKS, BLOCK
-        )
+        token = _column_above(row_ptr, V, scale, threshold, last_tie, top, masses, goal, VIEW_KEPT, NUM_BLOCKS, BLOCK)
     else:
         goal = tl.load(uniform_ptr + row).to(tl.float32) * total
         token = _column_above(row_ptr, V, scale, threshold, last_tie, top, masses, goal, VIEW_ALL, NUM_BLOCKS, BLOCK)

@@ -22,7 +22,7 @@ _LIMIT = tl.constexpr(EXPONENT_LIMIT)
 
 @triton.jit
 def _extent(cu_seqlens_ptr, B, N):
-    """(first token, end) of this program's sequence and of all the tokens it writes; inside [0, N] whatever is given."""
+    """(first token, end) of this program's sequence and of all the tokens it writes, never outside [0, N]."""
     b = tl.program_id(0)
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), N)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), 0), N)
