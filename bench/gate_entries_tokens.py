@@ -5,6 +5,7 @@ integers that are multiples of 16 at run time (pointers always are), num_warps, 
 (cp.async among them) and the most of 2-byte ones (one is the weight of a row, or the drawn logit).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 VALUES, SEQUENCES, SAMPLING = (f"fastppo_kernels.gpu.{name}" for name in ("values", "sequences", "sampling"))
@@ -36,14 +37,14 @@ SAMPLE = {
     **{"log_mass_ptr": "*fp32", "V": "i32", "row_stride": "i32", "scale": "fp32", "inverse_temperature": "fp32"},
     **{"top_k": "fp32", "top_p": "fp32"},
 }
-WHOLE = {"top_k": None, "top_p": None}  # nothing is cut
+WHOLE: dict[str, Any] = {"top_k": None, "top_p": None}  # nothing is cut
 LLAMA = {"NUM_BLOCKS": 16, "BLOCK": 8192}  # V = 128256, and up to 131072
 
 
 def entry(
     name: str,
     kernel: str,
-    signature: dict[str, str | None],
+    signature: Mapping[str, str | None],
     constants: dict[str, Any],
     num_warps: int = 4,
     multiples: tuple[str, ...] = (),
@@ -68,11 +69,12 @@ def linear(name: str, tile: int, block: int, num_warps: int, wide_loads: int, **
 def sampling(name: str, wide_loads: int, narrow_loads: int = 1, **change: str | None) -> dict[str, Any]:
     """A way to sample; with narrow_loads > 1 V is no multiple of 16, and the last block is read with a mask."""
     multiples = ("row_stride", "V") if narrow_loads == 1 else ("row_stride",)
+    constants = LLAMA | {"VIEW": 0 if change.keys() >= WHOLE.keys() else 1}
     kernel = f"{SAMPLING}:_sample_kernel"
-    return entry(f"sample {name}", kernel, SAMPLE | change, LLAMA, 16, multiples, wide_loads, narrow_loads)
+    return entry(f"sample {name}", kernel, SAMPLE | change, constants, 16, multiples, wide_loads, narrow_loads)
 
 
-NO_GRADIENT = {"dhidden_ptr": None, "partial_ptr": None}
+NO_GRADIENT: dict[str, Any] = {"dhidden_ptr": None, "partial_ptr": None}
 TOKENS = {"BLOCK": 1024}
 ENTRIES = [
     entry("value", f"{VALUES}:_value_kernel", VALUE, {"BLOCK": 256}),

@@ -109,16 +109,16 @@ def test_truncation_keeps_what_the_reference_keeps(
         assert torch.equal(made[0], expected)
 
 
-@pytest.mark.parametrize("block", [8, 64])
+@pytest.mark.parametrize("block", [16, 64])
 def test_of_equal_columns_the_lowest_are_kept(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten columns of 0.0 and -0.0, which are equal, among others far below: k of them, or the share top_p of them."""
     monkeypatch.setattr(sampling, "BLOCK", block)
     logits = torch.full((1, 40), -20.0)
     columns = torch.arange(3, 40, 4)
     logits[:, columns] = torch.tensor([0.0, -0.0]).repeat(5)
-    uniform = (torch.arange(20) + 0.5) / 20
+    uniform = (torch.arange(10) + 0.5) / 10
     for top_k, top_p, kept in ((3, 1.0, 3), (0, 0.35, 4), (6, 0.6, 4), (6, 0.99, 6), (10, 1.0, 10)):
-        tokens, logprobs, log_mass = draw(logits.expand(20, -1), uniform, 1.0, top_k, top_p)
+        tokens, logprobs, log_mass = draw(logits.expand(10, -1), uniform, 1.0, top_k, top_p)
         assert torch.equal(tokens.unique(), columns[:kept]), (top_k, top_p)
         assert torch.allclose(logprobs, torch.tensor(-math.log(kept))) and torch.allclose(
             log_mass, torch.tensor(math.log(kept / 10)), atol=1e-6
@@ -142,8 +142,8 @@ def test_rounding_of_partial_sums_cannot_reach_a_token_of_probability_zero(monke
     logits = torch.full((1, 256), -math.inf)
     logits[:, :100], logits[:, 200] = torch.randn(100), 4.0
     mass = logits.double().softmax(1)[:, :100].sum()
-    uniform = (mass + torch.linspace(-3e-7, 3e-7, 100)).float()
-    tokens, logprobs, _ = draw(logits.expand(100, -1), uniform)
+    uniform = (mass + torch.linspace(-3e-7, 3e-7, 40)).float()
+    tokens, logprobs, _ = draw(logits.expand(40, -1), uniform)
     assert logprobs.isfinite().all() and ((tokens < 100) | (tokens == 200)).all()
 
 

@@ -35,10 +35,12 @@ def place(x: Tensor | None) -> Tensor | None:
 
 def assert_gae(rewards: Tensor, values: Tensor, cu: Tensor, **kwargs: Any) -> None:
     """Both outputs as accurate as plain float32, the truth in float64; arguments on the CPU but cu."""
-    on_device = {k: place(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    on_device: dict[str, Any] = {k: place(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     made = sequences.gae(rewards.to(DEVICE), values.to(DEVICE), cu, **on_device)
     plain = reference.gae(rewards, values, cu.cpu(), **kwargs)
-    double = {k: v.double() if k == "bootstrap_values" and v is not None else v for k, v in kwargs.items()}
+    double: dict[str, Any] = {
+        k: v.double() if k == "bootstrap_values" and v is not None else v for k, v in kwargs.items()
+    }
     truth = reference.gae(rewards.double(), values.double(), cu.cpu(), **double)
     for name, a, p, t in zip(("advantages", "returns"), made, plain, truth, strict=True):
         assert_as_accurate(name, a.cpu(), p, t)
@@ -127,11 +129,11 @@ def test_token_rewards_answer_to_float64(
     logprobs, ref = (guarded(torch.where(action, torch.randn(N) * 3, NAN)) for _ in range(2))
     scores = guarded(torch.where(action, torch.randn(N), NAN)) if per_token else torch.randn(len(lengths))
     kwargs: dict[str, Any] = {"kl_coef": kl_coef, "kl_estimator": estimator}
-    given_tensors = (place(scores), place(logprobs), place(ref), cu)
-    made = sequences.token_rewards(*given_tensors, **kwargs, mask=place(mask))  # pyright: ignore[reportArgumentType]
+    inputs = (x.to(DEVICE) for x in (scores, logprobs, ref))
+    made = sequences.token_rewards(*inputs, cu_seqlens=cu, **kwargs, mask=place(mask))
     plain = reference.token_rewards(scores, logprobs, ref, cu.cpu(), **kwargs, mask=mask)
     double = (x.double() for x in (scores, logprobs, ref))
-    truth = reference.token_rewards(*double, cu.cpu(), **kwargs, mask=mask)
+    truth = reference.token_rewards(*double, cu_seqlens=cu.cpu(), **kwargs, mask=mask)
     assert_as_accurate(f"{estimator} rewards", made.cpu(), plain, truth)
 
 
@@ -140,7 +142,7 @@ def test_k3_is_precise_near_zero_and_bounded_far_away() -> None:
     d = torch.tensor([1e-4, -1e-3, 0.24, -0.26, 3.0, -19.0, -25.0, 60.0])
     cu, zero = packed([8]), torch.zeros(8)
     inputs = (x.to(DEVICE) for x in (zero, d, zero))
-    made = -sequences.token_rewards(*inputs, cu, kl_coef=1.0, kl_estimator="k3").cpu()
+    made = -sequences.token_rewards(*inputs, cu_seqlens=cu, kl_coef=1.0, kl_estimator="k3").cpu()
     truth = reference.k3(-d.double())
     assert ((made.double() - truth).abs() <= 1e-6 * truth).all()
 

@@ -41,15 +41,15 @@ def assert_table(name: str, made: Tensor, plain: Tensor, truth: Tensor) -> None:
 def test_table_of_values_answers_to_float64(R: int, clip: float | None, seed: int) -> None:
     torch.manual_seed(seed)
     rows = rows_of(R)
-    made = values.value_rows(*(x.to(DEVICE) for x in rows), clip)
-    assert_table("value", made, value_table(*rows, clip), value_table(*(x.double() for x in rows), clip))
+    made = values.value_rows(*(x.to(DEVICE) for x in rows), clip=clip)
+    assert_table("value", made, value_table(*rows, clip=clip), value_table(*(x.double() for x in rows), clip=clip))
 
 
 def test_a_value_inside_the_clip_range_is_never_counted_as_clipped() -> None:
     """old + (v - old) is not v in float32, and one ulp would make half of the rows count as clipped."""
     old, target = torch.randn(2000), torch.randn(2000)
     v = old + 0.19 * (2 * torch.rand(2000) - 1)
-    made = values.value_rows(*(x.to(DEVICE) for x in (v, old, target, torch.ones(2000))), 0.2).cpu()
+    made = values.value_rows(*(x.to(DEVICE) for x in (v, old, target, torch.ones(2000))), clip=0.2).cpu()
     assert made[:, VALUE_COLUMNS.index("clipped")].eq(0).all()
     assert torch.equal(made[:, VALUE_COLUMNS.index("dvalue")], v - target)
 
@@ -59,7 +59,7 @@ def test_a_nan_of_a_live_row_shows_there_and_nowhere_else(poisoned: int) -> None
     """In the value, the return or the weight."""
     rows = rows_of(9, dead=0.0)
     rows[poisoned][4] = NAN
-    made = values.value_rows(*(x.to(DEVICE) for x in rows), 0.2).cpu()
+    made = values.value_rows(*(x.to(DEVICE) for x in rows), clip=0.2).cpu()
     assert made[4, 0].isnan() and made[4, VALUE_COLUMNS.index("dvalue")].isnan()
     assert made[torch.arange(9) != 4].isfinite().all()
 
@@ -78,7 +78,7 @@ def truth_of(
     live = rows[-1] != 0
     hidden, weight = torch.where(live[:, None], hidden, 0).to(dtype), weight.to(dtype)
     v = reference.value_head(hidden, weight, None if bias is None else bias.to(dtype), live)
-    table = value_table(v, *(x.to(dtype) for x in rows), clip)
+    table = value_table(v, *(x.to(dtype) for x in rows), clip=clip)
     dvalue = table[:, VALUE_COLUMNS.index("dvalue")]
     return table, torch.where(live[:, None], dvalue[:, None] * weight, 0), dvalue @ hidden
 
@@ -104,14 +104,14 @@ def test_value_head_answers_to_float64(
     out = torch.full((R, H + pad), 7.0, device=DEVICE)
     given_rows = [x.to(DEVICE) for x in rows]
     on_device = (hidden.to(DEVICE), weight.to(DEVICE), None if b is None else b.to(DEVICE))
-    table, dweight = values.linear_value_rows(*on_device, *given_rows, clip, dhidden=out[:, :H])
+    table, dweight = values.linear_value_rows(*on_device, *given_rows, clip=clip, dhidden=out[:, :H])
     assert dweight is not None and out[:, H:].eq(7).all()
     plain = truth_of(hidden, weight, b, rows, clip, torch.float32)
     truth = truth_of(hidden, weight, b, rows, clip, torch.float64)
     assert_table("linear", table, plain[0], truth[0])
     assert_as_accurate("dhidden", out[:, :H].cpu(), plain[1], truth[1])
     assert_as_accurate("dweight", dweight.cpu(), plain[2], truth[2])
-    forward, nothing = values.linear_value_rows(*on_device, *given_rows, clip, dhidden=None)
+    forward, nothing = values.linear_value_rows(*on_device, *given_rows, clip=clip, dhidden=None)
     assert nothing is None and torch.equal(forward, table)
 
 
@@ -119,8 +119,8 @@ def test_gradient_of_hidden_is_rounded_once_to_its_dtype() -> None:
     """2^-7: the interpreter truncates what a GPU rounds to nearest."""
     (hidden, weight), rows = head_of(40, 300, torch.bfloat16), rows_of(40)[1:]
     made = torch.empty(40, 300, dtype=torch.bfloat16, device=DEVICE)
-    arguments = (hidden.to(DEVICE), weight.to(DEVICE), None, *(x.to(DEVICE) for x in rows), 0.2)
-    values.linear_value_rows(*arguments, dhidden=made)
+    arguments = (hidden.to(DEVICE), weight.to(DEVICE), None, *(x.to(DEVICE) for x in rows))
+    values.linear_value_rows(*arguments, clip=0.2, dhidden=made)
     _, truth, _ = truth_of(hidden, weight, None, rows, 0.2, torch.float64)
     assert ((made.cpu().double() - truth).abs() <= 2**-7 * truth.abs()).all()
 
@@ -131,8 +131,8 @@ def test_a_row_of_weight_zero_gets_zeros_even_from_an_infinite_head() -> None:
     weight[3] = float("inf")
     made = torch.empty(5, 20, device=DEVICE)
     numbers = [torch.full((5,), NAN), torch.full((5,), NAN), torch.zeros(5)]
-    arguments = (hidden.to(DEVICE), weight.to(DEVICE), None, *(x.to(DEVICE) for x in numbers), 0.2)
-    table, dweight = values.linear_value_rows(*arguments, dhidden=made)
+    arguments = (hidden.to(DEVICE), weight.to(DEVICE), None, *(x.to(DEVICE) for x in numbers))
+    table, dweight = values.linear_value_rows(*arguments, clip=0.2, dhidden=made)
     assert dweight is not None
     assert all(x.eq(0).all() for x in (table, made, dweight))
 
@@ -142,8 +142,8 @@ def test_the_numbers_of_a_row_depend_on_no_other_row_and_repeat() -> None:
     whole, alone = (torch.empty(70, 200, device=DEVICE) for _ in range(2))
 
     def run(part: slice, dhidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        arguments = (hidden[part].to(DEVICE), weight.to(DEVICE), None, *(x[part].to(DEVICE) for x in rows), 0.2)
-        return values.linear_value_rows(*arguments, dhidden=dhidden[part])
+        arguments = (hidden[part].to(DEVICE), weight.to(DEVICE), None, *(x[part].to(DEVICE) for x in rows))
+        return values.linear_value_rows(*arguments, clip=0.2, dhidden=dhidden[part])
 
     table, dweight = run(slice(0, 70), whole)
     again, dweight_again = run(slice(0, 70), alone)
@@ -163,4 +163,4 @@ def test_a_program_covers_its_rows_and_columns_exactly(hidden_size: int) -> None
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="the triton backend of value_rows needs GPU tensors, got cpu"):
-        values.value_rows(*rows_of(3), None)
+        values.value_rows(*rows_of(3), clip=None)

@@ -3,10 +3,10 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED = triton.knobs.runtime.interpret  # of this process: kernels are compiled or interpreted when imported
+INTERPRETED = knobs.runtime.interpret  # of this process: kernels are compiled or interpreted when imported
 
 
 def device_of(op: str, x: Tensor) -> AbstractContextManager:
