@@ -8,7 +8,7 @@ that block again to choose the column: 2 bytes per bfloat16 logit through device
 top_k and top_p keep the columns above a threshold, and of those that equal it the first few. The threshold is searched
 by bisection of the float32 numbers in their order: every sweep weighs (top_k: counts) the columns above a pivot and
 notes the nearest logits on either side of it, so the search ends when no logit is left between the bounds: after 32
-sweeps at most, about 17 for float32 and 11 for bfloat16 logits. The row stays in the L2 cache meanwhile. No sort, no
+sweeps at most, 10 to 21 of rows of 128256 normal numbers, 5 to 8 of top_p after top_k = 50. The row stays in the L2 cache meanwhile. No sort, no
 atomics: every sum has a fixed order.
 
 Ties at the threshold: the lowest columns are kept, for top_k as for top_p, where the stable sort of the reference does
@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)
 
 # What a column weighs: exp2(scale (x - maximum)) if it is kept, else 0; VIEW_TIES: 1 if it equals the threshold.
 VIEW_ALL = tl.constexpr(0)  # every column
-VIEW_KEPT = tl.constexpr(1)  # those above the threshold, and those equal to it up to column `last_tie`
+VIEW_KEPT = tl.constexpr(1)  # all but those below the threshold, and those equal to it beyond column `last_tie`
 VIEW_TIES = tl.constexpr(2)
 
 
@@ -42,7 +42,7 @@ def _columns(row_ptr, block, V, threshold, last_tie, VIEW: tl.constexpr, BLOCK: 
     else:
         x = tl.load(row_ptr + cols).to(tl.float32)
     if VIEW == VIEW_KEPT:
-        x = tl.where((x > threshold) | ((x == threshold) & (cols <= last_tie)), x, -float("inf"))
+        x = tl.where((x < threshold) | ((x == threshold) & (cols > last_tie)), -float("inf"), x)  # NaN is no less
     if VIEW == VIEW_TIES:
         x = tl.where((x == threshold) & (cols < V), 0.0, -float("inf"))
     return x
@@ -57,15 +57,13 @@ def _block_mass(x, scale):
 
 
 @triton.jit
-def _masses(
-    row_ptr, V, scale, threshold, last_tie, VIEW: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(maximum of the row, mass of each block relative to it (NUM_BLOCKS,), their sum): one sweep."""
+def _masses(row_ptr, V, scale, threshold, last_tie, VIEW: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """(maximum, mass of each block relative to it (NUM_BLOCKS,), their sum); (-inf, 0, 0) of nothing: one sweep."""
     blocks = tl.arange(0, NUM_BLOCKS)
     tops = tl.full((NUM_BLOCKS,), -float("inf"), tl.float32)
     masses = tl.zeros((NUM_BLOCKS,), tl.float32)
     whole = V // BLOCK
-    for block in range(0, whole):
+    for block in tl.range(0, whole, num_stages=3):  # pyright: ignore[reportGeneralTypeIssues]
         x = _columns(row_ptr, block, V, threshold, last_tie, VIEW, BLOCK, TAIL=False)
         top, mass = _block_mass(x, scale)
         tops = tl.where(blocks == block, top, tops)
@@ -76,7 +74,7 @@ def _masses(
         tops = tl.where(blocks == whole, top, tops)
         masses = tl.where(blocks == whole, mass, masses)
     top = tl.max(tops, axis=0)
-    masses *= tl.exp2((tops - top) * scale)
+    masses *= tl.exp2((tops - tl.where(top == -float("inf"), 0.0, top)) * scale)
     return top, masses, tl.sum(masses, axis=0)
 
 
@@ -175,6 +173,25 @@ def _threshold(row_ptr, V, scale, lowest, top, goal, COUNT: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def _cut(row_ptr, V, scale, top, total, top_k, top_p, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """(threshold, last_tie) of the columns that top_k and then top_p keep; either may be None."""
+    threshold, ties = tl.full((), -float("inf"), tl.float32), tl.full((), float("inf"), tl.float32)
+    if top_k is not None:
+        threshold, above = _threshold(row_ptr, V, scale, threshold, top, top_k, True, BLOCK)
+        ties = top_k - above
+        _, _, total = _masses(row_ptr, V, scale, threshold, -1, VIEW_KEPT, NUM_BLOCKS, BLOCK)  # those above it
+        total += ties * tl.exp2((threshold - top) * scale)
+    if top_p is not None:
+        lowest, goal = threshold, total * top_p
+        threshold, above = _threshold(row_ptr, V, scale, lowest, top, goal, False, BLOCK)
+        wanted = tl.maximum(tl.ceil((goal - above) / tl.exp2((threshold - top) * scale)), 1.0)
+        ties = tl.where(threshold == lowest, tl.minimum(wanted, ties), wanted)
+    tie_top, counts, _ = _masses(row_ptr, V, scale, threshold, 0, VIEW_TIES, NUM_BLOCKS, BLOCK)
+    last_tie = _column_above(row_ptr, V, scale, threshold, 0, tie_top, counts, ties - 0.5, VIEW_TIES, NUM_BLOCKS, BLOCK)
+    return threshold, last_tie
+
+
+@triton.jit
 def _sample_kernel(
     logits_ptr,  # (R, V), rows row_stride apart
     uniform_ptr,  # (R,)
@@ -187,6 +204,7 @@ def _sample_kernel(
     inverse_temperature,
     top_k,  # float; None: every column
     top_p,  # float; None: every column
+    VIEW: tl.constexpr,  # VIEW_KEPT if one of the two is given, else VIEW_ALL
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -194,39 +212,17 @@ def _sample_kernel(
     row_ptr = logits_ptr + row * row_stride
     threshold, last_tie = -float("inf"), V
     top, masses, total = _masses(row_ptr, V, scale, threshold, last_tie, VIEW_ALL, NUM_BLOCKS, BLOCK)
-    log_mass = total * 0.0
-    if top_k is not None or top_p is not None:
-        everything, ties = total, total * 0.0
-        threshold = log_mass - float("inf")
-        if top_k is not None:
-            threshold, above = _threshold(row_ptr, V, scale, threshold, top, top_k, True, BLOCK)
-            ties = top_k - above
-            _, _, total = _masses(row_ptr, V, scale, threshold, -1, VIEW_KEPT, NUM_BLOCKS, BLOCK)
-            total += ties * tl.exp2((threshold - top) * scale)
-        if top_p is not None:
-            lowest = threshold
-            threshold, above = _threshold(row_ptr, V, scale, lowest, top, total * top_p, False, BLOCK)
-            wanted = tl.maximum(tl.ceil((total * top_p - above) / tl.exp2((threshold - top) * scale)), 1.0)
-            if top_k is not None:
-                wanted = tl.where(threshold == lowest, tl.minimum(wanted, ties), wanted)
-            ties = wanted
-        tie_top, masses, _ = _masses(row_ptr, V, scale, threshold, 0, VIEW_TIES, NUM_BLOCKS, BLOCK)
-        last_tie = _column_above(
-            row_ptr, V, scale, threshold, 0, tie_top, masses, ties - 0.5, VIEW_TIES, NUM_BLOCKS, BLOCK
-        )
+    log_total = tl.log(total)
+    if VIEW == VIEW_KEPT:
+        threshold, last_tie = _cut(row_ptr, V, scale, top, total, top_k, top_p, NUM_BLOCKS, BLOCK)
         top, masses, total = _masses(row_ptr, V, scale, threshold, last_tie, VIEW_KEPT, NUM_BLOCKS, BLOCK)
-        log_mass = tl.log(total) - tl.log(everything)
-        goal = tl.load(uniform_ptr + row).to(tl.float32) * total
-        token = _column_above(
-            row_ptr, V, scale, threshold, last_tie, top, masses, goal, VIEW_KEPT, NUM_BLOCKS, BLOCK
-        )
-    else:
-        goal = tl.load(uniform_ptr + row).to(tl.float32) * total
-        token = _column_above(row_ptr, V, scale, threshold, last_tie, top, masses, goal, VIEW_ALL, NUM_BLOCKS, BLOCK)
+    goal = tl.load(uniform_ptr + row).to(tl.float32) * total
+    token = _column_above(row_ptr, V, scale, threshold, last_tie, top, masses, goal, VIEW, NUM_BLOCKS, BLOCK)
+    log_kept = tl.log(total)
     x = tl.load(row_ptr + token).to(tl.float32)
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(logprobs_ptr + row, (x - top) * inverse_temperature - tl.log(total))
-    tl.store(log_mass_ptr + row, log_mass)
+    tl.store(logprobs_ptr + row, (x - top) * inverse_temperature - log_kept)
+    tl.store(log_mass_ptr + row, log_kept - log_total)  # the same sum if nothing is cut
 
 
 def sample(
@@ -256,12 +252,13 @@ def sample(
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs, log_mass = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     block = min(BLOCK, triton.next_power_of_2(vocab))
+    num_blocks = triton.next_power_of_2(triton.cdiv(vocab, block))
     cut = (float(top_k) if 0 < top_k < vocab else None, top_p if top_p < 1.0 else None)
+    scales, outputs = (LOG2_E / temperature, 1.0 / temperature), (tokens, logprobs, log_mass)
+    view = VIEW_ALL if cut == (None, None) else VIEW_KEPT
+    constants = {"VIEW": view, "NUM_BLOCKS": num_blocks, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
     with device_of("sample", logits):
         if num_rows:
-            _sample_kernel[(num_rows,)](
-                logits, uniform, tokens, logprobs, log_mass, vocab, logits.stride(0), LOG2_E / temperature,
-                1.0 / temperature, *cut, NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab, block)), BLOCK=block,
-                num_warps=min(16, max(1, block // 512)),
-            )  # fmt: skip
+            grid = (num_rows,)
+            _sample_kernel[grid](logits, uniform, *outputs, vocab, logits.stride(0), *scales, *cut, **constants)
     return tokens, logprobs, log_mass

@@ -22,7 +22,7 @@ _LIMIT = tl.constexpr(EXPONENT_LIMIT)
 
 @triton.jit
 def _extent(cu_seqlens_ptr, B, N):
-    """(first token, end) of this program's sequence and of all the tokens it writes; inside [0, N] whatever is given."""
+    """(first token, end) of this program's sequence and of all the tokens it writes, never outside [0, N]."""
     b = tl.program_id(0)
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), N)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), 0), N)
@@ -208,14 +208,14 @@ def gae(
         ValueError: CPU tensors, and kernels are not interpreted.
     """
     num_sequences, num_tokens = cu_seqlens.shape[0] - 1, rewards.shape[0]
-    inputs = _flat(rewards, values, cu_seqlens, _bytes(mask), bootstrap_values)
-    outputs = _outputs(2, num_tokens, num_sequences, rewards.device)
+    r, v, cu, live, after = _flat(rewards, values, cu_seqlens, _bytes(mask), bootstrap_values)
+    advantages, returns = (_output(num_tokens, num_sequences, rewards.device) for _ in range(2))
+    sizes, discounts = (num_sequences, num_tokens), (gamma, gamma * lam)
     with device_of("gae", rewards):
         if num_sequences:
-            _gae_kernel[(num_sequences,)](
-                *inputs, *outputs, num_sequences, num_tokens, gamma, gamma * lam, BLOCK=BLOCK_TOKENS
-            )
-    return outputs[0], outputs[1]
+            grid = (num_sequences,)
+            _gae_kernel[grid](r, v, cu, live, after, advantages, returns, *sizes, *discounts, BLOCK=BLOCK_TOKENS)
+    return advantages, returns
 
 
 def token_rewards(
@@ -236,14 +236,13 @@ def token_rewards(
         ValueError: CPU tensors, and kernels are not interpreted.
     """
     num_sequences, num_tokens = cu_seqlens.shape[0] - 1, logprobs.shape[0]
-    inputs = _flat(scores, logprobs, ref_logprobs if kl_coef else None, cu_seqlens, _bytes(mask))
-    (rewards,) = _outputs(1, num_tokens, num_sequences, logprobs.device)
-    form = {"ESTIMATOR": int(kl_estimator.removesuffix("+")[1]), "PER_TOKEN": scores.shape[0] == num_tokens}
+    credit, lp, ref, cu, live = _flat(scores, logprobs, ref_logprobs if kl_coef else None, cu_seqlens, _bytes(mask))
+    rewards = _output(num_tokens, num_sequences, logprobs.device)
+    constants = {"ESTIMATOR": int(kl_estimator[1]), "PER_TOKEN": scores.shape[0] == num_tokens, "BLOCK": BLOCK_TOKENS}
     with device_of("token_rewards", logprobs):
         if num_sequences:
-            _token_rewards_kernel[(num_sequences,)](
-                *inputs, rewards, num_sequences, num_tokens, kl_coef, **form, BLOCK=BLOCK_TOKENS
-            )
+            grid, sizes = (num_sequences,), (num_sequences, num_tokens)
+            _token_rewards_kernel[grid](credit, lp, ref, cu, live, rewards, *sizes, kl_coef, **constants)
     return rewards
 
 
@@ -255,22 +254,22 @@ def moments(values: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
-    values, mask = _flat(values, _bytes(mask))
+    x, live = _flat(values, _bytes(mask))
     num_values = values.numel()
     programs = triton.cdiv(num_values, BLOCK_VALUES)
     partial = torch.empty(3, programs, dtype=torch.float64, device=values.device)
     merged = partial.new_empty(3)
     with device_of("moments", values):
         if programs:
-            _partial_moments_kernel[(programs,)](values, mask, partial, num_values, BLOCK=BLOCK_VALUES)
+            _partial_moments_kernel[(programs,)](x, live, partial, num_values, BLOCK=BLOCK_VALUES)
         _merge_moments_kernel[(1,)](partial, merged, programs, BLOCK=256)
     return merged
 
 
-def _outputs(count: int, num_tokens: int, num_sequences: int, device: torch.device) -> list[Tensor]:
-    """(N,) float32 each, zeros if there is no program to write them."""
+def _output(num_tokens: int, num_sequences: int, device: torch.device) -> Tensor:
+    """(N,) float32, zeros if there is no program to write them."""
     make = torch.empty if num_sequences else torch.zeros
-    return [make(num_tokens, dtype=torch.float32, device=device) for _ in range(count)]
+    return make(num_tokens, dtype=torch.float32, device=device)
 
 
 def _flat(*tensors: Tensor | None) -> list[Tensor | None]:

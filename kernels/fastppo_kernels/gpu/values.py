@@ -29,7 +29,7 @@ def _value_lines(table_ptr, rows, inside, v, old, target, w, clip):
     error = v - target
     worst = error * error
     slope = error
-    clipped = live & False
+    clipped = worst < worst
     if clip is not None:
         moved = v - old
         free = tl.abs(moved) <= clip
@@ -37,7 +37,7 @@ def _value_lines(table_ptr, rows, inside, v, old, target, w, clip):
         other = (bounded - target) * (bounded - target)
         clipped = other > worst
         worst = tl.where(clipped, other, worst)
-        slope = tl.where(clipped & (free == 0), 0.0, error)
+        slope = tl.where(clipped, 0.0, error)  # a value that is free is never clipped
     dvalue = tl.where(live, w * slope, 0.0)
     line = table_ptr + rows * 8
     tl.store(line, tl.where(live, 0.5 * w * worst, 0.0), mask=inside)
@@ -145,10 +145,14 @@ class Tile(NamedTuple):
 
 
 def linear_tile(hidden_size: int) -> Tile:
-    """From H alone, so that the order of every sum is the same on every device: about 64 numbers per thread."""
+    """From H alone, so that the order of every sum is the same on every device.
+
+    A thread holds 32 numbers of hidden and up to 32 of weight and dweight, in 128 registers or fewer up to H = 16384;
+    above that the registers do not suffice and some are spilled.
+    """
     columns = max(128, triton.next_power_of_2(hidden_size))
     num_warps = min(16, max(4, columns // 512))
-    return Tile(max(1, min(8, 2048 * num_warps // columns)), columns, num_warps)
+    return Tile(min(4, max(1, 1024 * num_warps // columns)), columns, num_warps)
 
 
 def value_rows(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
@@ -157,12 +161,13 @@ def value_rows(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
-    rows = [x.detach().contiguous() for x in (values, old_values, returns, weights)]
-    table = torch.empty(values.shape[0], len(VALUE_COLUMNS), dtype=torch.float32, device=values.device)
+    num_rows = values.shape[0]
+    v, old, target, w = (x.detach().contiguous() for x in (values, old_values, returns, weights))
+    table = torch.empty(num_rows, len(VALUE_COLUMNS), dtype=torch.float32, device=values.device)
     with device_of("value_rows", values):
-        if table.shape[0]:
-            grid = (triton.cdiv(table.shape[0], BLOCK_ROWS),)
-            _value_kernel[grid](*rows, table, table.shape[0], clip, BLOCK=BLOCK_ROWS)
+        if num_rows:
+            grid = (triton.cdiv(num_rows, BLOCK_ROWS),)
+            _value_kernel[grid](v, old, target, w, table, num_rows, clip, BLOCK=BLOCK_ROWS)
     return table
 
 
@@ -193,20 +198,22 @@ def linear_value_rows(
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
-    hidden, weight = (x.detach() for x in (hidden, weight.contiguous()))
+    hidden, weight = hidden.detach(), weight.detach().contiguous()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    assert dhidden is None or dhidden.stride(1) == 1, "dhidden must have contiguous rows"
+    assert dhidden is None or dhidden.stride(1) == 1, "the rows of dhidden must be contiguous"
     num_rows, hidden_size = hidden.shape
     tile, programs = linear_tile(hidden_size), triton.cdiv(num_rows, PROGRAM_ROWS)
+    old, target, w = (x.detach().contiguous() for x in (old_values, returns, weights))
     table = torch.empty(num_rows, len(VALUE_COLUMNS), dtype=torch.float32, device=hidden.device)
     partial = None if dhidden is None else table.new_empty(programs, hidden_size)
-    rows = [x.detach().contiguous() for x in (old_values, returns, weights)]
-    outputs = (table, dhidden, partial, num_rows, hidden_size)
     strides = (hidden.stride(0), 0 if dhidden is None else dhidden.stride(0))
-    shape = {"ROWS": PROGRAM_ROWS, "TILE": tile.rows, "BLOCK_H": tile.columns, "num_warps": tile.num_warps}
+    constants = {"ROWS": PROGRAM_ROWS, "TILE": tile.rows, "BLOCK_H": tile.columns, "num_warps": tile.num_warps}
     with device_of("linear_value_rows", hidden):
         if programs:
-            _linear_value_kernel[(programs,)](hidden, weight, bias, *rows, *outputs, *strides, clip, **shape)
+            _linear_value_kernel[(programs,)](
+                hidden, weight, bias, old, target, w, table, dhidden, partial, num_rows, hidden_size, *strides, clip,
+                **constants,
+            )  # fmt: skip
         return table, None if partial is None else _sum_lines(partial)
 
 
