@@ -157,7 +157,7 @@ void fastppo_linear_value_rows(
     void* dhidden,            // (R, H), rows dhidden_stride elements apart; null: no gradient. May be hidden itself
     int64_t dhidden_stride,
     float* partials,          // (ceil(R / 64), H) scratch, used with dhidden
-    float* dweight,           // (H,), written with dhidden
+    float* dweight,           // (H,), null if dhidden is (a dhidden without rows is null too)
     float* table,             // (R, 8)
     int num_threads
 ) {
@@ -168,7 +168,7 @@ void fastppo_linear_value_rows(
         linear_value_rows<bfloat16>(x, hidden, dhidden, num_threads);
     else
         linear_value_rows<float>(x, hidden, dhidden, num_threads);
-    if (dhidden) sum_of_partials(partials, (num_rows + kChunkRows - 1) / kChunkRows, width, dweight);
+    if (dweight) sum_of_partials(partials, (num_rows + kChunkRows - 1) / kChunkRows, width, dweight);
 }
 
 }  // extern "C"

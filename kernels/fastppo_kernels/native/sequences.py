@@ -57,9 +57,7 @@ def token_rewards(
     rewards = torch.empty(num_tokens, dtype=torch.float32)
     given = (scores.data_ptr(), scores.shape[0] == num_tokens, logprobs.data_ptr(), *[_pointer(x) for x in others])
     estimator = _ESTIMATORS[kl_estimator.removesuffix("+")]  # "+" changes the gradient alone
-    status = _library().fastppo_token_rewards(
-        num_sequences, num_tokens, *given, kl_coef, estimator, rewards.data_ptr()
-    )
+    status = _library().fastppo_token_rewards(num_sequences, num_tokens, *given, kl_coef, estimator, rewards.data_ptr())
     if status:
         raise _no_layout(cu_seqlens, num_tokens)
     return rewards

@@ -1,4 +1,4 @@
-"""The critic's loss in C++: CPU tensors only. Letters: R rows, H hidden; a table is (R, 8), see `table.VALUE_COLUMNS`."""
+"""The critic's loss in C++: CPU tensors only. Letters: R rows, H hidden; tables have `table.VALUE_COLUMNS`."""
 
 import ctypes
 from functools import cache
