@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastppo_kernels import sample as public_sample
 from fastppo_kernels.native.sampling import sample
-from numerics import guarded
+from numerics import assert_as_accurate, guarded
 
 EDGES = torch.tensor([0.0, 1.0 - 2**-24, 0.5, 2**-24])  # the first and the last float32 of [0, 1) among them
 TRUNCATIONS: list[dict[str, Any]] = [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.8}]
@@ -183,6 +183,14 @@ def test_a_row_does_not_depend_on_the_others(truncation: dict[str, Any], dtype: 
         assert torch.equal(x, again[i]) and torch.equal(x[order], shuffled[i])
         assert torch.equal(x, torch.cat([a[i] for a in alone]))
         assert torch.equal(x, strided[i]) and torch.equal(x, transposed[i])
+
+
+def test_log_probs_have_the_digits_of_float32() -> None:
+    """Two columns 0 to 1 nats apart, so that an error of the exponential is an error of the log-prob."""
+    logits = torch.stack([torch.zeros(2000), -torch.linspace(0, 1, 2000)], 1)
+    tokens, logprobs, _ = draw(logits, torch.rand(2000))
+    baseline, exact = (x.log_softmax(1).gather(1, tokens[:, None]).squeeze(1) for x in (logits, logits.double()))
+    assert_as_accurate("logprobs", logprobs, baseline, exact)
 
 
 def test_a_constant_added_to_a_row_costs_no_accuracy() -> None:

@@ -66,7 +66,7 @@ def token_rewards(
 def moments(values: Tensor, mask: Tensor | None) -> Tensor:
     """(3,) float64 of the float32 values of any shape where `mask`, of that shape, is True (None: everywhere).
 
-    Count, mean and sum of the squared deviations from the mean: blocks of 4096 values, merged in order, so that equal
+    Count, mean and sum of the squared deviations from the mean: blocks of 1024 values, merged in order, so that equal
     values have deviations of exactly 0 and a large mean cancels nothing. All 0 where nothing is valid.
     """
     values, mask = values.contiguous(), _contiguous(mask)
