@@ -24,10 +24,10 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
-// 2^x for x <= 0, within 1e-7 of it; 0 below 2^-126, NaN for NaN, exactly 1 for 0. Taylor-like polynomial of degree 6
-// on [-1/2, 1/2] with the relative error spread evenly; adding 1.5 * 2^23 rounds to an integer in the low bits.
+// 2^x for x <= 0, within 1e-7 of it; 0 below 2^-126.5, NaN for NaN, exactly 1 for 0. Adding 1.5 * 2^23 rounds to an
+// integer n in the low bits, and 2^-127, of exponent bits 0, is 0. The polynomial spreads its relative error evenly.
 FASTPPO_INLINE float exp2_of_negative(float x) {
-    const float bounded = x < -126.0f ? -126.0f : x;
+    const float bounded = -127.0f > x ? -127.0f : x;
     const float shifted = bounded + 12582912.0f;
     const float f = bounded - (shifted - 12582912.0f);
     float p = 1.535336204e-4f;
@@ -37,8 +37,7 @@ FASTPPO_INLINE float exp2_of_negative(float x) {
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.0f;
-    const float power = p * float_of_bits((bits_of_float(shifted) + 127) << 23);
-    return x < -126.0f ? 0.0f : power;
+    return p * float_of_bits((bits_of_float(shifted) + 127) << 23);
 }
 
 // Maximum of n columns (a multiple of kLanes; NaN counts as nothing) and the sum of 2^((z - maximum) * scale).
@@ -387,8 +386,8 @@ extern "C" {
 
 // One token per row of softmax(logits / temperature), truncated to the top_k most probable columns (0: all; ties: those
 // of lowest column) and then to the fewest whose mass reaches top_p (>= 1: all): the first column, in the order of the
-// vocabulary, at which the CDF exceeds uniform times its total. A column 126 halvings or more below the most probable
-// one has probability 0 and is never drawn. A row that is no distribution (a NaN or +inf, or nothing but -inf) gives
+// vocabulary, at which the CDF exceeds uniform times its total. A column 2^-126.5 times as probable as the most
+// probable one, or less, has probability 0 and is never drawn. A row that is no distribution (a NaN or +inf, or nothing but -inf) gives
 // token 0 and NaN. The draws of a row depend on nothing but the row.
 void fastppo_sample(
     int64_t num_rows,

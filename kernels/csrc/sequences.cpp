@@ -8,11 +8,13 @@
 
 #include "portable.h"
 
+namespace fastppo {
 namespace {
 
 constexpr int64_t kGaeBlock = 64;
 constexpr int64_t kStride = 8;
-constexpr int64_t kMomentsBlock = 4096;
+constexpr int64_t kMomentsBlock = 1024;
+constexpr int64_t kMomentsLanes = 32;
 constexpr double kExponentLimit = 20.0;  // reference.EXPONENT_LIMIT
 
 bool rises(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_tokens) {
@@ -107,22 +109,27 @@ struct Moments {
     double count, mean, square;  // square: sum of the squared deviations from the mean
 };
 
-// Two passes over a block: equal numbers have a square of exactly 0.
-Moments moments_of_block(const float* values, const uint8_t* mask, int64_t n) {
-    constexpr int64_t kWidth = 8;
-    double sum[kWidth] = {}, square[kWidth] = {};
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) count += !mask || mask[i];
-    if (!count) return {0.0, 0.0, 0.0};
-    for (int64_t i = 0; i < n; ++i) sum[i % kWidth] += !mask || mask[i] ? values[i] : 0.0f;
-    for (int64_t i = 1; i < kWidth; ++i) sum[0] += sum[i];
-    const double mean = sum[0] / static_cast<double>(count);
-    for (int64_t i = 0; i < n; ++i) {
-        const double deviation = !mask || mask[i] ? values[i] - mean : 0.0;
-        square[i % kWidth] += deviation * deviation;
+// Two passes over n <= kMomentsBlock values: equal numbers have a square of exactly 0.
+FASTPPO_CLONES Moments moments_of_block(const float* values, const uint8_t* mask, int64_t n) {
+    double deviations[kMomentsBlock] = {}, lanes[kMomentsLanes] = {};  // values first; 0 where there is none
+    int64_t count = n;
+    for (int64_t i = 0; i < n; ++i) deviations[i] = values[i];
+    if (mask) {
+        count = 0;
+        for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
+        for (int64_t i = 0; i < n; ++i) deviations[i] = mask[i] ? deviations[i] : 0.0;
     }
-    for (int64_t i = 1; i < kWidth; ++i) square[0] += square[i];
-    return {static_cast<double>(count), mean, square[0]};
+    if (!count) return {0.0, 0.0, 0.0};
+    for (int64_t i = 0; i < kMomentsBlock; i += kMomentsLanes)
+        for (int64_t j = 0; j < kMomentsLanes; ++j) lanes[j] += deviations[i + j];
+    const double mean = fold<kMomentsLanes>(lanes, Add()) / static_cast<double>(count);
+    for (int64_t i = 0; i < n; ++i) deviations[i] -= mean;
+    if (mask)
+        for (int64_t i = 0; i < n; ++i) deviations[i] = mask[i] ? deviations[i] : 0.0;
+    std::fill(lanes, lanes + kMomentsLanes, 0.0);
+    for (int64_t i = 0; i < kMomentsBlock; i += kMomentsLanes)
+        for (int64_t j = 0; j < kMomentsLanes; ++j) lanes[j] += deviations[i + j] * deviations[i + j];
+    return {static_cast<double>(count), mean, fold<kMomentsLanes>(lanes, Add())};
 }
 
 // Chan, Golub and LeVeque (1983): moments of the union of two disjoint sets.
@@ -133,6 +140,7 @@ Moments merged(const Moments& a, const Moments& b) {
 }
 
 }  // namespace
+}  // namespace fastppo
 
 extern "C" {
 
@@ -155,6 +163,7 @@ int fastppo_gae(
     float* advantages,          // (N,)
     float* returns              // (N,)
 ) {
+    using namespace fastppo;
     if (!rises(cu_seqlens, num_sequences, num_tokens)) return 1;
     clear_outside(cu_seqlens, num_sequences, num_tokens, advantages);
     clear_outside(cu_seqlens, num_sequences, num_tokens, returns);
@@ -178,6 +187,7 @@ int fastppo_token_rewards(
     int estimator,               // 1, 2 or 3 for k1, k2 or k3
     float* rewards               // (N,)
 ) {
+    using namespace fastppo;
     if (!rises(cu_seqlens, num_sequences, num_tokens)) return 1;
     clear_outside(cu_seqlens, num_sequences, num_tokens, rewards);
     const bool penalised = ref_logprobs && kl_coef != 0.0;
@@ -204,6 +214,7 @@ void fastppo_moments(
     const uint8_t* mask,  // (N,) or null: all
     double* out           // (3,)
 ) {
+    using namespace fastppo;
     Moments all{0.0, 0.0, 0.0};
     for (int64_t i = 0; i < num_values; i += kMomentsBlock) {
         const int64_t n = std::min(kMomentsBlock, num_values - i);

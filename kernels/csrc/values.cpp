@@ -9,7 +9,7 @@ namespace fastppo {
 namespace {
 
 constexpr int64_t kColumns = 8;     // table.VALUE_COLUMNS
-constexpr int64_t kChunkRows = 64;  // rows whose weight gradients add up in float32; chunks add up in double, in order
+constexpr int64_t kChunkRows = 128;  // rows whose weight gradients a thread adds up; chunks add up in their order
 
 struct ValueRow {
     double old_value, target, weight, clip;  // clip < 0: none
@@ -50,15 +50,15 @@ FASTPPO_CLONES float dot_of(const bfloat16* x, const float* w, int64_t n) { retu
 
 // dweight += slope * hidden and dhidden = slope * weight. hidden and dhidden may be the same memory.
 template <typename T>
-FASTPPO_INLINE void spread(float slope, const T* hidden, const float* weight, int64_t n, T* dhidden, float* dweight) {
-    for (int64_t j = 0; j < n; ++j) dweight[j] += slope * to_float(hidden[j]);
+FASTPPO_INLINE void spread(float slope, const T* hidden, const float* weight, int64_t n, T* dhidden, double* dweight) {
+    for (int64_t j = 0; j < n; ++j) dweight[j] += double{slope} * to_float(hidden[j]);
     for (int64_t j = 0; j < n; ++j) assign(dhidden[j], slope * weight[j]);
 }
 
-FASTPPO_CLONES void spread_of(float s, const float* h, const float* w, int64_t n, float* dh, float* dw) {
+FASTPPO_CLONES void spread_of(float s, const float* h, const float* w, int64_t n, float* dh, double* dw) {
     spread(s, h, w, n, dh, dw);
 }
-FASTPPO_CLONES void spread_of(float s, const bfloat16* h, const float* w, int64_t n, bfloat16* dh, float* dw) {
+FASTPPO_CLONES void spread_of(float s, const bfloat16* h, const float* w, int64_t n, bfloat16* dh, double* dw) {
     spread(s, h, w, n, dh, dw);
 }
 
@@ -67,14 +67,15 @@ struct Linear {
     const float *weight, *old_values, *returns, *weights;
     double bias, clip;
     int64_t hidden_stride, dhidden_stride;
-    float *partials, *table;
+    double* partials;
+    float* table;
 };
 
 // Rows first .. last - 1, whose weight gradients go to one line of partials.
 template <typename T>
 void chunk_of_rows(const Linear& x, const T* hidden, T* dhidden, int64_t first, int64_t last) {
-    float* partial = dhidden ? x.partials + first / kChunkRows * x.width : nullptr;
-    if (partial) std::fill(partial, partial + x.width, 0.0f);
+    double* partial = dhidden ? x.partials + first / kChunkRows * x.width : nullptr;
+    if (partial) std::fill(partial, partial + x.width, 0.0);
     for (int64_t r = first; r < last; ++r) {
         float* line = x.table + r * kColumns;
         T* out = dhidden ? dhidden + r * x.dhidden_stride : nullptr;
@@ -104,8 +105,8 @@ void linear_value_rows(const Linear& x, const void* hidden, void* dhidden, int n
     }
 }
 
-// Column sums of the partials, in double and in the order of the chunks.
-FASTPPO_CLONES void sum_of_partials(const float* partials, int64_t num_chunks, int64_t width, float* dweight) {
+// Column sums of the partials, in the order of the chunks.
+FASTPPO_CLONES void sum_of_partials(const double* partials, int64_t num_chunks, int64_t width, float* dweight) {
     for (int64_t j = 0; j < width; j += kLanes) {
         const int64_t n = std::min(kLanes, width - j);
         double sums[kLanes] = {};
@@ -156,8 +157,8 @@ void fastppo_linear_value_rows(
     double clip,              // < 0: none
     void* dhidden,            // (R, H), rows dhidden_stride elements apart; null: no gradient. May be hidden itself
     int64_t dhidden_stride,
-    float* partials,          // (ceil(R / 64), H) scratch, used with dhidden
-    float* dweight,           // (H,), written with dhidden
+    double* partials,         // (ceil(R / 128), H) scratch, used with dhidden
+    float* dweight,           // (H,), null if dhidden is (a dhidden without rows is null too)
     float* table,             // (R, 8)
     int num_threads
 ) {
@@ -168,7 +169,7 @@ void fastppo_linear_value_rows(
         linear_value_rows<bfloat16>(x, hidden, dhidden, num_threads);
     else
         linear_value_rows<float>(x, hidden, dhidden, num_threads);
-    if (dhidden) sum_of_partials(partials, (num_rows + kChunkRows - 1) / kChunkRows, width, dweight);
+    if (dweight) sum_of_partials(partials, (num_rows + kChunkRows - 1) / kChunkRows, width, dweight);
 }
 
 }  // extern "C"

@@ -57,9 +57,7 @@ def token_rewards(
     rewards = torch.empty(num_tokens, dtype=torch.float32)
     given = (scores.data_ptr(), scores.shape[0] == num_tokens, logprobs.data_ptr(), *[_pointer(x) for x in others])
     estimator = _ESTIMATORS[kl_estimator.removesuffix("+")]  # "+" changes the gradient alone
-    status = _library().fastppo_token_rewards(
-        num_sequences, num_tokens, *given, kl_coef, estimator, rewards.data_ptr()
-    )
+    status = _library().fastppo_token_rewards(num_sequences, num_tokens, *given, kl_coef, estimator, rewards.data_ptr())
     if status:
         raise _no_layout(cu_seqlens, num_tokens)
     return rewards
@@ -68,7 +66,7 @@ def token_rewards(
 def moments(values: Tensor, mask: Tensor | None) -> Tensor:
     """(3,) float64 of the float32 values of any shape where `mask`, of that shape, is True (None: everywhere).
 
-    Count, mean and sum of the squared deviations from the mean: blocks of 4096 values, merged in order, so that equal
+    Count, mean and sum of the squared deviations from the mean: blocks of 1024 values, merged in order, so that equal
     values have deviations of exactly 0 and a large mean cancels nothing. All 0 where nothing is valid.
     """
     values, mask = values.contiguous(), _contiguous(mask)
