@@ -8,13 +8,14 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # while torch.empty is still its own: torch.compile looks functions up by identity
 
 HAS_GPU = torch.cuda.is_available()
 
 # Read by the libraries when they are first imported, so set before any test module is.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # every Triton kernel runs on the CPU, in Triton's interpreter
+import torch._dynamo  # noqa: E402  it imports Triton, and must see torch.empty as it is
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

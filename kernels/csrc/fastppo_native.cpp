@@ -2,4 +2,4 @@
 // Tensors arrive as pointers; shapes are in the comments. Letters: B sequences, N packed tokens, R rows, V vocabulary,
 // H hidden.
 
-extern "C" int fastppo_abi_version() { return 1; }
+extern "C" int fastppo_abi_version() { return 2; }

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 LIBRARY_NAME = "libfastppo_native.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 _POINTER, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -42,8 +42,6 @@ def load() -> ctypes.CDLL:
             f"{library_path()} has ABI version {version}, this package needs {ABI_VERSION}: "
             "rebuild it with `pip install --no-build-isolation --no-deps -e .`"
         )
-    library.fastppo_gae.argtypes = [_INT64, _INT64, *[_POINTER] * 5, _DOUBLE, _DOUBLE, *[_POINTER] * 2]
-    library.fastppo_gae.restype = ctypes.c_int
     library.fastppo_isa_name.restype = ctypes.c_char_p
     library.fastppo_ppo_rows.argtypes = [_POINTER] * 4
     library.fastppo_logprob_rows.argtypes = library.fastppo_logprob_rows_backward.argtypes = [_POINTER] * 3
