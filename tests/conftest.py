@@ -11,7 +11,7 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 
-# Read by the libraries when they are first imported, so set before any test module is.
+# Read by the libraries when they are first imported (torch._dynamo imports Triton), so set before any of them is.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # every Triton kernel runs on the CPU, in Triton's interpreter
 import torch._dynamo  # noqa: E402  it imports Triton, and must see torch.empty as it is
@@ -21,6 +21,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch._dynamo  # noqa: E402  while torch.empty is still its own: torch.compile looks functions up by identity
 
 # The interpreter's first call is slow and a failure must repeat: no deadline, the same examples every run.
 hypothesis.settings.register_profile("fastppo", deadline=None, derandomize=True)

@@ -3,11 +3,16 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels are defined, which is when it counts
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # the default differs between versions of Triton
+INTERPRETED = bool(knobs.runtime.interpret)  # read when the kernels are defined, which is when it counts
+NO_DUAL_CLIP = 1e30  # never reached, as the ratio is at most e^20; infinity times an advantage of 0 would be NaN
+
+
+def options(num_warps: int) -> dict[str, Any]:
+    """Options of a launch; the default of FP fusion differs between versions of Triton."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
 def check_device(x: Tensor) -> None:

@@ -4,6 +4,9 @@ Inside a row logarithms have base 2, because `exp2` is one instruction of the ha
 kernel is in nats. Comparisons are written with `where`, not with min and max, wherever a NaN must stay one.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# Triton's ranges are no Python iterators.
+
 import triton
 import triton.language as tl
 
@@ -67,12 +70,14 @@ def kl_penalty(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
     k1 = logprob - ref_logprob
     expm1, k3 = expm1_and_k3(-k1)
     value, slope = k3, -expm1
-    if ESTIMATOR == K1 or ESTIMATOR == K1_PLUS:
+    if ESTIMATOR == K1:
         value, slope = k1, tl.full(k1.shape, 1.0, tl.float32)
-    elif ESTIMATOR == K2:
+    if ESTIMATOR == K2:
         value, slope = 0.5 * k1 * k1, k1
-    if ESTIMATOR == K1_PLUS or ESTIMATOR == K3_PLUS:
-        slope = k1  # straight-through: the gradient of k2
+    if ESTIMATOR == K1_PLUS:  # straight-through: the gradient of k2
+        value, slope = k1, k1
+    if ESTIMATOR == K3_PLUS:
+        slope = k1
     return value, slope, k1, k3
 
 

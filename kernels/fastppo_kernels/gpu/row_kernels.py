@@ -12,6 +12,10 @@ A program holds a row, or one of SLICES slices of it when rows are few. Lanes ar
 over slices, in both cases, so that the numbers of a row do not depend on how many rows there are.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+# What `@triton.jit` compiles is not Python's type system: constants pick branches, and ranges are no iterators.
+
 import triton
 import triton.language as tl
 
@@ -63,7 +67,7 @@ def _tail(x_row, n_cols, cols, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     the mask then has one value per 16 bytes and the loads stay wide.
     """
     offs = n_cols // BLOCK * BLOCK + cols
-    x = tl.load(x_row + offs, mask=offs < (n_cols + UNIT - 1) // UNIT * UNIT, other=0.0)
+    x = tl.load(x_row + offs, mask=offs < (n_cols + UNIT - 1) // UNIT * UNIT, other=-float("inf"))
     return x, offs < n_cols, offs
 
 
@@ -120,11 +124,13 @@ def _gradient(
     n_full = n_cols // BLOCK * BLOCK
     dtype = dx_row.dtype.element_ty
     if OVERLAP:  # a pipeline through shared memory admits no barrier of ours: one block ahead, in registers
-        ahead = tl.load(x_row + cols, mask=n_full > 0, other=0.0, eviction_policy="evict_first")
+        ahead = tl.load(x_row + cols, mask=cols < n_full, other=0.0, eviction_policy="evict_first")
         for start in range(0, n_full, BLOCK):
             x = ahead
             following = start + BLOCK
-            ahead = tl.load(x_row + following + cols, mask=following < n_full, other=0.0, eviction_policy="evict_first")
+            ahead = tl.load(
+                x_row + following + cols, mask=cols < n_full - following, other=0.0, eviction_policy="evict_first"
+            )
             tl.debug_barrier()
             dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP)
             tl.store(dx_row + start + cols, dx.to(dtype))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels.gpu.launch import (
-    OPTIONS,
+    NO_DUAL_CLIP,
     check_device,
     num_processors,
     on_device,
+    options,
     shared_memory_bytes,
     vector,
     warp_size,
@@ -111,14 +112,14 @@ def _launch(
         split = splits_rows(num_rows, num_processors(logits))
     arguments = _arguments(logits, targets, head, dlogits, entropy, pointers, settings or PPOSettings(), shape)
     arguments["OVERLAP"] = overlap
-    whole = {"num_warps": max(shape.threads // warp_size(), 1)}
+    whole = options(max(shape.threads // warp_size(), 1))
     with on_device(logits):
         # A 2-byte gradient over 4-byte logits lies under the logits of other slices, so one program keeps the row.
         if not split or shape.slices == 1 or overlap:
             rows_kernel[(num_rows,)](**arguments, PART="whole", partials_ptr=None, **whole)
             return
         arguments["partials_ptr"] = logits.new_empty(num_rows, shape.slices, 4, dtype=torch.float32)
-        slices = {"num_warps": max(shape.threads // shape.slices // warp_size(), 1)}
+        slices = options(max(shape.threads // shape.slices // warp_size(), 1))
         rows_kernel[(num_rows * shape.slices,)](**arguments, PART="statistics", **slices)
         if dlogits is None:
             rows_kernel[(num_rows,)](**arguments, PART="result", **whole)
@@ -150,12 +151,11 @@ def _arguments(
         "softcap_rate": 0.0 if head.softcap is None else -2.0 / (math.log(2.0) * head.softcap),
         "inv_temperature": 1.0 / head.temperature,
         **{"clip_low": float(settings.clip_low), "clip_high": float(settings.clip_high)},
-        "dual_clip": math.inf if settings.dual_clip is None else float(settings.dual_clip),
+        "dual_clip": NO_DUAL_CLIP if settings.dual_clip is None else float(settings.dual_clip),
         **{"kl_coef": float(settings.kl_coef), "old_kl_coef": float(settings.old_kl_coef)},
         **{"entropy_coef": float(settings.entropy_coef), "ESTIMATOR": ESTIMATOR_CODES[settings.kl_estimator]},
         **{"ENTROPY": entropy, "SOFTCAP": head.softcap is not None, "X_UNIT": x_unit, "DX_UNIT": dx_unit},
         **{"LANE": shape.lane, "REPS": shape.reps, "ROW": shape.row, "SLICES": shape.slices, "STAGES": shape.stages},
-        **OPTIONS,
     }
 
 

@@ -1,13 +1,11 @@
 """The PPO objective from log-probabilities: the row kernel's function of one token, many tokens to a program."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import OPTIONS, check_device, on_device, vector
+from fastppo_kernels.gpu.launch import NO_DUAL_CLIP, check_device, on_device, options, vector
 from fastppo_kernels.gpu.maths import ESTIMATOR_CODES, NUM_COLUMNS, ppo_token, table_lines
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import PPOSettings
@@ -67,7 +65,7 @@ def ppo_tokens(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings
     if num_tokens == 0:
         return table
     old, advantages, weights, ref, is_weights, sampler = (vector(x) for x in rows)
-    dual_clip = math.inf if settings.dual_clip is None else settings.dual_clip
+    dual_clip = NO_DUAL_CLIP if settings.dual_clip is None else settings.dual_clip
     clips = (settings.clip_low, settings.clip_high, dual_clip)
     scalars = (*clips, settings.kl_coef, settings.old_kl_coef, settings.entropy_coef)
     vectors = (vector(logprobs), vector(entropy), weights, advantages, old, ref, is_weights, sampler)
@@ -79,7 +77,6 @@ def ppo_tokens(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings
             *map(float, scalars),
             ESTIMATOR=ESTIMATOR_CODES[settings.kl_estimator],
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            **OPTIONS,
+            **options(NUM_WARPS),
         )
     return table
