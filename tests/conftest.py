@@ -14,7 +14,6 @@ HAS_GPU = torch.cuda.is_available()
 # Read by the libraries when they are first imported (torch._dynamo imports Triton), so set before any of them is.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # every Triton kernel runs on the CPU, in Triton's interpreter
-import torch._dynamo  # noqa: E402  it imports Triton, and must see torch.empty as it is
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
