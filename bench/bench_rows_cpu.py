@@ -7,8 +7,8 @@ busy moment of the machine meets all of them; a copy of the logits takes its tur
 logits once each (8 bytes per float32 element, 4 per bfloat16) is the least that anybody can do. Prints a table of
 minima and one JSON line per variant.
 
-The peers allocate gigabytes in every call, and glibc gives such blocks back to the kernel at once, so most of their time
-goes into page faults. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=60000000000 in the environment makes it keep them.
+The peers allocate gigabytes in every call, and glibc gives such blocks back to the kernel at once, so most of their
+time goes into page faults. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=60000000000 in the environment makes it keep them.
 """
 
 import argparse
