@@ -8,8 +8,8 @@ that block again to choose the column: 2 bytes per bfloat16 logit through device
 top_k and top_p keep the columns above a threshold, and of those that equal it the first few. The threshold is searched
 by bisection of the float32 numbers in their order: every sweep weighs (top_k: counts) the columns above a pivot and
 notes the nearest logits on either side of it, so the search ends when no logit is left between the bounds: after 32
-sweeps at most, 10 to 21 of rows of 128256 normal numbers, 5 to 8 of top_p after top_k = 50. The row stays in the L2 cache meanwhile. No sort, no
-atomics: every sum has a fixed order.
+sweeps at most, 10 to 21 of rows of 128256 normal numbers, 5 to 8 for top_p after top_k = 50. The row stays in the L2
+cache meanwhile. No sort, no atomics: every sum has a fixed order.
 
 Ties at the threshold: the lowest columns are kept, for top_k as for top_p, where the stable sort of the reference does
 the same. torch.topk leaves open which of equal logits it takes, so there the two may differ.
