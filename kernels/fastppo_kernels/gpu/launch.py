@@ -1,25 +1,23 @@
-"""What every launcher of a Triton kernel does first."""
+"""What the launchers of every kernel share: where a kernel may run."""
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
 
-INTERPRETED = knobs.runtime.interpret  # of this process: kernels are compiled or interpreted when imported
+INTERPRETED = bool(knobs.runtime.interpret)  # read when the kernels are defined, which is when it counts
 
 
-def device_of(op: str, x: Tensor) -> AbstractContextManager:
-    """Context in which kernels are launched on the device of `x`.
+def check_device(x: Tensor) -> None:
+    """Raise ValueError if `x` lies on the CPU and the kernels were not defined for Triton's interpreter."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "the Triton kernels got CPU tensors: move them to a GPU, choose another backend, "
+            "or set TRITON_INTERPRET=1 before the first import to run them slowly in Triton's interpreter"
+        )
 
-    Raises:
-        ValueError: `x` is on the CPU and kernels are not interpreted.
-    """
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    if INTERPRETED:
-        return nullcontext()
-    raise ValueError(
-        f"the triton backend of {op} needs GPU tensors, got {x.device.type}; move them with .cuda(), or start Python "
-        "with TRITON_INTERPRET=1 to run the kernels on the CPU"
-    )
+
+def on_device(x: Tensor) -> Any:
+    """Context in which kernels are launched on the device of `x`."""
+    return torch.cuda.device_of(x)

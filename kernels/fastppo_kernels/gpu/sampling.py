@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import device_of
+from fastppo_kernels.gpu.launch import check_device, on_device
 
 BLOCK = 8192  # columns of a sweep's step
 LOG2_E = math.log2(math.e)
@@ -246,6 +246,7 @@ def sample(
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(logits)
     logits, uniform = logits.detach(), uniform.detach().contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     num_rows, vocab = logits.shape
@@ -257,7 +258,7 @@ def sample(
     scales, outputs = (LOG2_E / temperature, 1.0 / temperature), (tokens, logprobs, log_mass)
     view = VIEW_ALL if cut == (None, None) else VIEW_KEPT
     constants = {"VIEW": view, "NUM_BLOCKS": num_blocks, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
-    with device_of("sample", logits):
+    with on_device(logits):
         if num_rows:
             grid = (num_rows,)
             _sample_kernel[grid](logits, uniform, *outputs, vocab, logits.stride(0), *scales, *cut, **constants)
