@@ -191,10 +191,10 @@ def test_a_block_of_the_real_size_holds_a_long_sequence(monkeypatch: pytest.Monk
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     x, cu = torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32)
-    for op, run in (
-        ("gae", lambda: sequences.gae(x, x, cu, gamma=1.0, lam=1.0)),
-        ("token_rewards", lambda: sequences.token_rewards(x, x, None, cu, kl_coef=0.0, kl_estimator="k1")),
-        ("moments", lambda: sequences.moments(x, None)),
+    for run in (
+        lambda: sequences.gae(x, x, cu, gamma=1.0, lam=1.0),
+        lambda: sequences.token_rewards(x, x, None, cu, kl_coef=0.0, kl_estimator="k1"),
+        lambda: sequences.moments(x, None),
     ):
-        with pytest.raises(ValueError, match=f"the triton backend of {op} needs GPU tensors, got cpu"):
+        with pytest.raises(ValueError, match="the Triton kernels got CPU tensors"):
             run()

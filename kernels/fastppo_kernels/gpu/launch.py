@@ -49,17 +49,3 @@ def shared_memory_bytes(x: Tensor) -> int:
     if not x.is_cuda:
         return 232448
     return getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 65536)
-
-
-def device_of(op: str, x: Tensor) -> Any:
-    """Context in which the kernels of `op` are launched on the device of `x`.
-
-    Raises:
-        ValueError: `x` is on the CPU and kernels are not interpreted.
-    """
-    if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            f"the triton backend of {op} needs GPU tensors, got cpu; move them with .cuda(), or start Python with "
-            "TRITON_INTERPRET=1 to run the kernels on the CPU"
-        )
-    return torch.cuda.device_of(x)

@@ -8,8 +8,8 @@ that block again to choose the column: 2 bytes per bfloat16 logit through device
 top_k and top_p keep the columns above a threshold, and of those that equal it the first few. The threshold is searched
 by bisection of the float32 numbers in their order: every sweep weighs (top_k: counts) the columns above a pivot and
 notes the nearest logits on either side of it, so the search ends when no logit is left between the bounds: after 32
-sweeps at most, 10 to 21 of rows of 128256 normal numbers, 5 to 8 of top_p after top_k = 50. The row stays in the L2 cache meanwhile. No sort, no
-atomics: every sum has a fixed order.
+sweeps at most, 10 to 21 of rows of 128256 normal numbers, 5 to 8 for top_p after top_k = 50. The row stays in the L2
+cache meanwhile. No sort, no atomics: every sum has a fixed order.
 
 Ties at the threshold: the lowest columns are kept, for top_k as for top_p, where the stable sort of the reference does
 the same. torch.topk leaves open which of equal logits it takes, so there the two may differ.
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import device_of
+from fastppo_kernels.gpu.launch import check_device, on_device
 
 BLOCK = 8192  # columns of a sweep's step
 LOG2_E = math.log2(math.e)
@@ -246,6 +246,7 @@ def sample(
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(logits)
     logits, uniform = logits.detach(), uniform.detach().contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     num_rows, vocab = logits.shape
@@ -257,7 +258,7 @@ def sample(
     scales, outputs = (LOG2_E / temperature, 1.0 / temperature), (tokens, logprobs, log_mass)
     view = VIEW_ALL if cut == (None, None) else VIEW_KEPT
     constants = {"VIEW": view, "NUM_BLOCKS": num_blocks, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
-    with device_of("sample", logits):
+    with on_device(logits):
         if num_rows:
             grid = (num_rows,)
             _sample_kernel[grid](logits, uniform, *outputs, vocab, logits.stride(0), *scales, *cut, **constants)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import device_of
+from fastppo_kernels.gpu.launch import check_device, on_device
 from fastppo_kernels.reference import EXPONENT_LIMIT
 
 BLOCK_TOKENS = 1024
@@ -207,11 +207,12 @@ def gae(
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(rewards)
     num_sequences, num_tokens = cu_seqlens.shape[0] - 1, rewards.shape[0]
     r, v, cu, live, after = _flat(rewards, values, cu_seqlens, _bytes(mask), bootstrap_values)
     advantages, returns = (_output(num_tokens, num_sequences, rewards.device) for _ in range(2))
     sizes, discounts = (num_sequences, num_tokens), (gamma, gamma * lam)
-    with device_of("gae", rewards):
+    with on_device(rewards):
         if num_sequences:
             grid = (num_sequences,)
             _gae_kernel[grid](r, v, cu, live, after, advantages, returns, *sizes, *discounts, BLOCK=BLOCK_TOKENS)
@@ -235,11 +236,12 @@ def token_rewards(
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(logprobs)
     num_sequences, num_tokens = cu_seqlens.shape[0] - 1, logprobs.shape[0]
     credit, lp, ref, cu, live = _flat(scores, logprobs, ref_logprobs if kl_coef else None, cu_seqlens, _bytes(mask))
     rewards = _output(num_tokens, num_sequences, logprobs.device)
     constants = {"ESTIMATOR": int(kl_estimator[1]), "PER_TOKEN": scores.shape[0] == num_tokens, "BLOCK": BLOCK_TOKENS}
-    with device_of("token_rewards", logprobs):
+    with on_device(logprobs):
         if num_sequences:
             grid, sizes = (num_sequences,), (num_sequences, num_tokens)
             _token_rewards_kernel[grid](credit, lp, ref, cu, live, rewards, *sizes, kl_coef, **constants)
@@ -254,12 +256,13 @@ def moments(values: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(values)
     x, live = _flat(values, _bytes(mask))
     num_values = values.numel()
     programs = triton.cdiv(num_values, BLOCK_VALUES)
     partial = torch.empty(3, programs, dtype=torch.float64, device=values.device)
     merged = partial.new_empty(3)
-    with device_of("moments", values):
+    with on_device(values):
         if programs:
             _partial_moments_kernel[(programs,)](x, live, partial, num_values, BLOCK=BLOCK_VALUES)
         _merge_moments_kernel[(1,)](partial, merged, programs, BLOCK=256)

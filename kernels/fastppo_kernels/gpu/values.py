@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import device_of
+from fastppo_kernels.gpu.launch import check_device, on_device
 from fastppo_kernels.table import VALUE_COLUMNS
 
 BLOCK_ROWS = 256  # rows of a program that reads values
@@ -161,10 +161,11 @@ def value_rows(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(values)
     num_rows = values.shape[0]
     v, old, target, w = (x.detach().contiguous() for x in (values, old_values, returns, weights))
     table = torch.empty(num_rows, len(VALUE_COLUMNS), dtype=torch.float32, device=values.device)
-    with device_of("value_rows", values):
+    with on_device(values):
         if num_rows:
             grid = (triton.cdiv(num_rows, BLOCK_ROWS),)
             _value_kernel[grid](v, old, target, w, table, num_rows, clip, BLOCK=BLOCK_ROWS)
@@ -198,6 +199,7 @@ def linear_value_rows(
     Raises:
         ValueError: CPU tensors, and kernels are not interpreted.
     """
+    check_device(hidden)
     hidden, weight = hidden.detach(), weight.detach().contiguous()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     assert dhidden is None or dhidden.stride(1) == 1, "the rows of dhidden must be contiguous"
@@ -208,7 +210,7 @@ def linear_value_rows(
     partial = None if dhidden is None else table.new_empty(programs, hidden_size)
     strides = (hidden.stride(0), 0 if dhidden is None else dhidden.stride(0))
     constants = {"ROWS": PROGRAM_ROWS, "TILE": tile.rows, "BLOCK_H": tile.columns, "num_warps": tile.num_warps}
-    with device_of("linear_value_rows", hidden):
+    with on_device(hidden):
         if programs:
             _linear_value_kernel[(programs,)](
                 hidden, weight, bias, old, target, w, table, dhidden, partial, num_rows, hidden_size, *strides, clip,
