@@ -21,6 +21,16 @@ from numerics import DEVICE, assert_as_accurate, guarded
 
 LARGE = 33001  # odd, and two blocks and a tail of either type
 COLUMN = {name: i for i, name in enumerate(PPO_COLUMNS)}
+
+
+def ppo_settings(chosen: dict[str, Any]) -> PPOSettings:
+    return PPOSettings(**chosen)
+
+
+def doubled(rows: PPORows) -> PPORows:
+    return rows.cleaned(rows.weights != 0, torch.float64)
+
+
 SETTINGS = st.fixed_dictionaries(
     {
         "clip_low": st.sampled_from([0.2, 0.0, math.inf]),
@@ -31,7 +41,7 @@ SETTINGS = st.fixed_dictionaries(
         "entropy_coef": st.sampled_from([0.0, 0.1]),
         "old_kl_coef": st.sampled_from([0.0, 0.2]),
     }
-).map(lambda chosen: PPOSettings(**chosen))
+).map(ppo_settings)
 HEAD = st.sampled_from([(1.0, None), (0.6, None), (1.0, 30.0), (0.6, 4.0)]).map(
     lambda pair: HeadSettings(temperature=pair[0], softcap=pair[1])
 )
@@ -45,11 +55,19 @@ class Problem(NamedTuple):
     rows: PPORows
 
 
-def problem(R: int, V: int, dtype: torch.dtype = torch.float32, *, padding: int = 0, dead: bool = True) -> Problem:
+def problem(
+    R: int,
+    V: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    head: HeadSettings = PLAIN,
+    padding: int = 0,
+    dead: bool = True,
+) -> Problem:
     """Logits whose rows are `padding` elements apart and end in NaN; old log-probs near; row 1 dead and full of NaN."""
     logits = guarded((2 * torch.randn(R, V + padding, device=DEVICE)).to(dtype))[:, :V]
     targets = torch.randint(V, (R,), device=DEVICE)
-    logprobs = reference.logits_token_logprobs(logits, targets, PLAIN, entropy=False)[0]
+    logprobs = reference.logits_token_logprobs(logits, targets, head, entropy=False)[0]
     constants = [logprobs + 0.4 * torch.randn_like(logprobs) for _ in range(3)]
     advantages, weights = torch.randn(R, device=DEVICE), torch.rand(R, device=DEVICE) + 0.1
     rows = PPORows(constants[0], advantages, weights, constants[1], torch.rand(R, device=DEVICE), constants[2])
@@ -112,7 +130,7 @@ def copied(x: Tensor) -> Tensor:
 def test_table_and_gradient_answer_to_float64(
     s: PPOSettings, head: HeadSettings, V: int, dtype: torch.dtype, where: str, padding: int, present: int
 ) -> None:
-    p = problem(3, V, dtype, padding=padding)
+    p = problem(3, V, dtype, head=head, padding=padding)
     old, advantages, weights, *optional = p.rows
     given_ = [x if present >> i & 1 else None for i, x in enumerate((old, *optional))]
     if given_[1] is None:
@@ -128,9 +146,9 @@ def test_table_and_gradient_answer_to_float64(
 
 @pytest.mark.parametrize("where", ["fresh, bfloat16", "in place", "half"])
 def test_rows_of_several_blocks_answer_to_float64(where: str) -> None:
-    p = problem(3, LARGE, padding=7)
-    table, dlogits = run(p, FULL, HeadSettings(temperature=0.6), where)
     head = HeadSettings(temperature=0.6)
+    p = problem(3, LARGE, head=head, padding=7)
+    table, dlogits = run(p, FULL, head, where)
     (base_table, base), (true_table, truth) = (
         expected(p, FULL, head, torch.float32),
         expected(p, FULL, head, torch.float64),
@@ -286,8 +304,7 @@ def test_tokens_answer_to_float64(s: PPOSettings, present: int, with_entropy: bo
     rows = PPORows(given_[0], torch.randn_like(logprobs), weights, given_[1], given_[3], given_[2])
     entropy = torch.rand_like(logprobs) if with_entropy else None
     made = gpu.ppo_tokens(logprobs, entropy, rows, s)
-    doubles = PPORows(*(None if x is None else x.double() for x in rows))
-    truth = ppo_table(logprobs.double(), None if entropy is None else entropy.double(), doubles, s)
+    truth = ppo_table(logprobs.double(), None if entropy is None else entropy.double(), doubled(rows), s)
     base = ppo_table(logprobs, entropy, rows, s)
     for name, i in COLUMN.items():
         assert_as_accurate(name, made[:, i], base[:, i], truth[:, i])
@@ -304,7 +321,7 @@ def test_far_and_near_log_ratios(x: float, estimator: str) -> None:
     )
     rows = PPORows(zero, -one, one, zero)
     made = gpu.ppo_tokens(logprobs, None, rows, s)
-    truth = ppo_table(logprobs.double(), None, PPORows(*(None if v is None else v.double() for v in rows)), s)
+    truth = ppo_table(logprobs.double(), None, doubled(rows), s)
     torch.testing.assert_close(made.double(), truth, rtol=1e-6, atol=1e-12)
 
 

@@ -27,9 +27,9 @@ DLOGPROB = tl.constexpr(14)  # column of the table
 
 
 @triton.jit
-def _capped(x, softcap_rate, SOFTCAP: tl.constexpr):
+def _capped(x, softcap_rate, SOFTCAP: tl.constexpr, ACCURATE: tl.constexpr = True):
     y = x.to(tl.float32)
-    return tanh(y, softcap_rate) if SOFTCAP else y
+    return tanh(y, softcap_rate, ACCURATE) if SOFTCAP else y
 
 
 @triton.jit
@@ -94,9 +94,11 @@ def _statistics(
 
 
 @triton.jit
-def _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+def _softmax_slope(
+    x, c, scale, softcap_rate, c0, c1, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
     """Gradient at columns x without the target's own term: 2^d (c0 + c1 d), times the slope of the soft-cap."""
-    y = _capped(x, softcap_rate, SOFTCAP)
+    y = _capped(x, softcap_rate, SOFTCAP, DTYPE == tl.float32)  # two bytes cannot tell
     d = tl.fma(y, scale, -c)
     dx = tl.exp2(d)
     if ENTROPY:
@@ -122,7 +124,7 @@ def _gradient(
     meets a column that is still to be read. The tail is one more block; its load and its stores have their own barrier.
     """
     n_full = n_cols // BLOCK * BLOCK
-    dtype = dx_row.dtype.element_ty
+    DTYPE: tl.constexpr = dx_row.dtype.element_ty
     if OVERLAP:  # a pipeline through shared memory admits no barrier of ours: one block ahead, in registers
         ahead = tl.load(x_row + cols, mask=cols < n_full, other=0.0, eviction_policy="evict_first")
         for start in range(0, n_full, BLOCK):
@@ -132,19 +134,19 @@ def _gradient(
                 x_row + following + cols, mask=cols < n_full - following, other=0.0, eviction_policy="evict_first"
             )
             tl.debug_barrier()
-            dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP)
-            tl.store(dx_row + start + cols, dx.to(dtype))
+            dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP, DTYPE)
+            tl.store(dx_row + start + cols, dx.to(DTYPE))
     else:
         for start in tl.range(0, n_full, BLOCK, num_stages=STAGES):
             x = tl.load(x_row + start + cols, eviction_policy="evict_first")
-            dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP)
-            tl.store(dx_row + start + cols, dx.to(dtype))
+            dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP, DTYPE)
+            tl.store(dx_row + start + cols, dx.to(DTYPE))
     if n_full < n_cols:
         x, inside, offs = _tail(x_row, n_cols, cols, UNIT, BLOCK)
         if OVERLAP:
             tl.debug_barrier()
-        dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP)
-        tl.store(dx_row + offs, dx.to(dtype), mask=inside)
+        dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP, DTYPE)
+        tl.store(dx_row + offs, dx.to(DTYPE), mask=inside)
 
 
 @triton.jit
