@@ -98,7 +98,7 @@ def _softmax_slope(
     x, c, scale, softcap_rate, c0, c1, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """Gradient at columns x without the target's own term: 2^d (c0 + c1 d), times the slope of the soft-cap."""
-    y = _capped(x, softcap_rate, SOFTCAP, DTYPE == tl.float32)  # two bytes cannot tell
+    y = _capped(x, softcap_rate, SOFTCAP, tl.float32 == DTYPE)  # two bytes cannot tell
     d = tl.fma(y, scale, -c)
     dx = tl.exp2(d)
     if ENTROPY:
