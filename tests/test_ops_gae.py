@@ -251,3 +251,11 @@ def test_scores_that_can_be_read_in_two_ways_are_refused() -> None:
         token_rewards(torch.zeros(2), torch.zeros(4), None, packed([2, 2]), kl_coef=0.1)
     with pytest.raises(ValueError, match="a reward has no gradient"):
         token_rewards(torch.zeros(2), torch.zeros(4), torch.zeros(4), packed([2, 2]), kl_coef=0.1, kl_estimator="k3+")
+
+
+def test_no_sequence_is_no_advantage() -> None:
+    x = torch.ones(3, device=DEVICE)
+    advantages, returns = gae(x, x, packed([]), bootstrap_values=x[:0])
+    assert not advantages.any() and not returns.any()
+    advantages, returns = gae(x, x, packed([]), bootstrap_values=x[:0], backend="reference")
+    assert not advantages.any() and not returns.any()

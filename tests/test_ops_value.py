@@ -154,3 +154,15 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     arguments |= {"hidden": torch.zeros(5, 3), "weight": torch.zeros(3), "bias": None}
     with pytest.raises(ValueError, match=message):
         linear_value_loss(**(arguments | change))
+
+
+def test_a_value_inside_the_clip_range_is_never_counted_as_clipped() -> None:
+    """Whatever old + (v - old) rounds to."""
+    old, returns, weights = (
+        100 * torch.randn(2000, device=DEVICE),
+        torch.randn(2000, device=DEVICE),
+        torch.ones(2000, device=DEVICE),
+    )
+    values = old + 0.19 * (2 * torch.rand(2000, device=DEVICE) - 1)
+    assert value_loss(values, old, returns, weights)[1]["value_clip_count"] == 0
+    assert value_loss(values, old, returns, weights, backend="reference")[1]["value_clip_count"] == 0

@@ -187,12 +187,18 @@ def value_loss(
     clipped = torch.zeros_like(live)
     worst = square
     if clip is not None:
-        clipped_square = (old + (v - old).clamp(-clip, clip) - target).square()
+        clipped_square = (clipped_values(v, old, clip) - target).square()
         clipped = clipped_square > square
         worst = torch.where(clipped, clipped_square, square)
     loss = (w * 0.5 * worst).sum()
     with torch.no_grad():
         return loss, stats.value_stats(v, target, 0.5 * w * worst, square, clipped, live)
+
+
+def clipped_values(values: Tensor, old_values: Tensor, clip: float) -> Tensor:
+    """Values at most `clip` from their old ones; one that is free stays itself, which old + (v - old) rounds."""
+    moved = values - old_values
+    return torch.where(moved.abs() <= clip, values, old_values + moved.detach().clamp(-clip, clip))
 
 
 def value_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor) -> Tensor:
@@ -220,6 +226,8 @@ def gae(
     """
     dtype, num_tokens = working_dtype(rewards, values), rewards.shape[0]
     layout = action_layout(cu_seqlens, mask, num_tokens)
+    if cu_seqlens.shape[0] == 1:  # no sequence, no action
+        return torch.zeros_like(rewards, dtype=dtype), torch.zeros_like(values, dtype=dtype)
     r, v = (torch.where(layout.is_action, x.to(dtype), 0) for x in (rewards, values))
     after = torch.zeros_like(v) if bootstrap_values is None else bootstrap_values.to(dtype)[layout.sequence]
     next_value = torch.where(layout.is_last, after, v[layout.next_action])

@@ -116,11 +116,10 @@ def value_table(values: Tensor, old_values: Tensor, returns: Tensor, weights: Te
     error = v - target
     clipped, worst, slope = torch.zeros_like(live), error.square(), error
     if clip is not None:
-        moved = v - old
-        other = old + moved.clamp(-clip, clip) - target
+        other = reference.clipped_values(v, old, clip) - target
         clipped = other.square() > worst
         worst = torch.where(clipped, other.square(), worst)
-        slope = torch.where(clipped, torch.where(moved.abs() <= clip, other, 0), error)
+        slope = torch.where(clipped, 0, error)
     columns = (0.5 * w * worst, v, error.square(), clipped, target, w * slope, live, torch.zeros_like(v))
     stacked = torch.stack([x.to(dtype) for x in columns], 1)
     return torch.where(live[:, None], stacked, 0)
