@@ -10,9 +10,14 @@ INTERPRETED = bool(knobs.runtime.interpret)  # read when the kernels are defined
 NO_DUAL_CLIP = 1e30  # never reached, as the ratio is at most e^20; infinity times an advantage of 0 would be NaN
 
 
-def options(num_warps: int) -> dict[str, Any]:
-    """Options of a launch; the default of FP fusion differs between versions of Triton."""
-    return {"num_warps": num_warps, "enable_fp_fusion": True}
+def options(threads: int, *, max_registers: int | None = None) -> dict[str, Any]:
+    """Options of a launch of so many threads; the default of FP fusion differs between versions of Triton.
+
+    `max_registers` per thread also tells NVIDIA's assembler that it may use them, where it would rather spill a few
+    to fit a second program beside the first.
+    """
+    found = {"num_warps": max(threads // warp_size(), 1), "enable_fp_fusion": True}
+    return found if max_registers is None or is_amd() else found | {"maxnreg": max_registers}
 
 
 def check_device(x: Tensor) -> None:
@@ -34,9 +39,14 @@ def vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
+def is_amd() -> bool:
+    """Whether this PyTorch drives AMD GPUs."""
+    return torch.version.hip is not None
+
+
 def warp_size() -> int:
     """Threads per warp: 64 on AMD's data centre GPUs, else 32."""
-    return 64 if torch.version.hip is not None else 32
+    return 64 if is_amd() else 32
 
 
 def num_processors(x: Tensor) -> int:

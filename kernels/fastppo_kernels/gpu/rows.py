@@ -18,11 +18,10 @@ from fastppo_kernels.gpu.launch import (
     options,
     shared_memory_bytes,
     vector,
-    warp_size,
 )
 from fastppo_kernels.gpu.maths import ESTIMATOR_CODES
 from fastppo_kernels.gpu.row_kernels import rows_kernel
-from fastppo_kernels.gpu.shapes import LaunchShape, launch_shape, splits_rows
+from fastppo_kernels.gpu.shapes import MAX_REGISTERS, THREADS, LaunchShape, launch_shape, splits_rows
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS
@@ -112,14 +111,14 @@ def _launch(
         split = splits_rows(num_rows, num_processors(logits))
     arguments = _arguments(logits, targets, head, dlogits, entropy, pointers, settings or PPOSettings(), shape)
     arguments["OVERLAP"] = overlap
-    whole = options(max(shape.threads // warp_size(), 1))
+    whole = options(shape.threads, max_registers=MAX_REGISTERS if shape.threads == THREADS else None)
     with on_device(logits):
         # A 2-byte gradient over 4-byte logits lies under the logits of other slices, so one program keeps the row.
         if not split or shape.slices == 1 or overlap:
             rows_kernel[(num_rows,)](**arguments, PART="whole", partials_ptr=None, **whole)
             return
         arguments["partials_ptr"] = logits.new_empty(num_rows, shape.slices, 4, dtype=torch.float32)
-        slices = options(max(shape.threads // shape.slices // warp_size(), 1))
+        slices = options(shape.threads // shape.slices)
         rows_kernel[(num_rows * shape.slices,)](**arguments, PART="statistics", **slices)
         if dlogits is None:
             rows_kernel[(num_rows,)](**arguments, PART="result", **whole)

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-THREADS = 512  # of a program on a large vocabulary: 128 registers each, so that nothing spills
+THREADS = 512  # of a program on a large vocabulary, which has a multiprocessor to itself
+MAX_REGISTERS = 65536 // THREADS
 SLICES = 8  # of a row, when rows are few
 BLOCK_COLUMNS = 16384
 RESERVED_SHARED_BYTES = 8192  # for reductions across warps

@@ -12,7 +12,7 @@ from fastppo_kernels.settings import PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS
 
 BLOCK = 128
-NUM_WARPS = 4
+THREADS = 128
 
 
 @triton.jit
@@ -77,6 +77,6 @@ def ppo_tokens(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings
             *map(float, scalars),
             ESTIMATOR=ESTIMATOR_CODES[settings.kl_estimator],
             BLOCK=BLOCK,
-            **options(NUM_WARPS),
+            **options(THREADS),
         )
     return table
