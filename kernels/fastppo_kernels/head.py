@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastppo_kernels.linear import product, runs_onednn
+from fastppo_kernels.linear import add_product, product, product_into, runs_onednn
 from fastppo_kernels.reference import working_dtype
 
-# Bytes of a chunk's float32 logits. CPU: about the last-level cache. GPU: enough rows for full matrix products.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
-MIN_CHUNK_ROWS = 32  # below this the products are bound by reading the weight, on either device
+# Bytes of a chunk's float32 logits, unless that is fewer than MIN_CHUNK_ROWS. CPU: what the C library keeps when it is
+# freed, while two are alive; a larger result of every product is new pages. GPU: enough rows for full matrix products.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+MIN_CHUNK_ROWS = 256  # below this, reading the weight and adding to its gradient takes longer than multiplying
 STRIDE = 64  # elements: every row of the buffer begins at a multiple of 16 bytes, whatever the vocabulary
 
 
@@ -48,14 +49,17 @@ class ChunkedHead:
         self.chunk_size = chunk_size or default_chunk_size(weight.shape[0], hidden.device)
         self.onednn = runs_onednn(self.hidden)
         self.mixed = self.operand_dtype != self.dtype
-        vocab_size, rows = weight.shape[0], 0 if self.onednn else min(self.chunk_size, hidden.shape[0])
-        stride = -(-vocab_size // STRIDE) * STRIDE
+        vocab_size = weight.shape[0]
+        self.direct = self.onednn and _is_kept(self.chunk_size, vocab_size)  # whatever R is, for equal bits
+        rows = 0 if self.direct else min(self.chunk_size, hidden.shape[0])
+        stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]
         self.dhidden = torch.empty_like(self.hidden) if wanted[0] else None
-        # (V, H); laid out as (H, V) where that is how its products come
-        self.dweight = weight.new_zeros(weight.shape[::-1], dtype=self.dtype).T if wanted[1] and self.onednn else None
-        if wanted[1] and not self.onednn:
-            self.dweight = torch.zeros_like(weight, dtype=self.dtype)
+        # (V, H); a small one laid out as (H, V), the way its products come
+        self.by_columns = self.onednn and _is_kept(*weight.shape)
+        shape = weight.shape[::-1] if self.by_columns else weight.shape
+        dweight = weight.new_zeros(shape, dtype=self.dtype) if wanted[1] else None
+        self.dweight = dweight.T if dweight is not None and self.by_columns else dweight
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
     def chunks(self) -> Iterator[slice]:
@@ -68,13 +72,15 @@ class ChunkedHead:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
         hidden = self.hidden[rows]
         logits = self.buffer[: hidden.shape[0]]
-        if self.onednn:
-            logits = product(hidden, self.weight)
+        if self.direct:
+            logits = product(hidden, self.weight, self.bias)
+        elif self.onednn:
+            product_into(logits, hidden, self.weight, self.bias)
         elif self.mixed:
             torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=logits)
         else:
             torch.mm(hidden, self.weight.T, out=logits)
-        if self.bias is not None:
+        if self.bias is not None and not self.onednn:
             logits.add_(self.bias)
         if self.logits_dtype != torch.float32:
             logits.copy_(logits.to(self.logits_dtype))
@@ -103,9 +109,16 @@ class ChunkedHead:
         return a, b, c
 
     def _accumulate_weight(self, dweight: Tensor, hidden: Tensor, dlogits: Tensor) -> None:
-        if self.onednn:
+        if self.by_columns:
             dweight.T.add_(product(hidden.T, dlogits.T))
+        elif self.onednn:
+            add_product(dweight, dlogits, hidden)
         elif self.mixed:
             torch.addmm(dweight, dlogits.T, hidden, out_dtype=self.dtype, out=dweight)
         else:
             dweight.addmm_(dlogits.T, hidden)
+
+
+def _is_kept(num_rows: int, num_columns: int) -> bool:
+    """Whether the allocator keeps the memory of a float32 matrix for the next one of its size."""
+    return 4 * num_rows * num_columns <= CHUNK_BYTES["cpu"]

@@ -7,6 +7,7 @@ oneDNN generates AVX-512 code on every vendor's CPU, MKL's only on Intel's: 229 
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo_kernels.checks import check_shape
+
+TILE_BYTES = 1 << 20  # of one result of `product`, which is new memory: so much stays in the cache of a core
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,6 +48,26 @@ def runs_onednn(x: Tensor) -> bool:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T (+ bias) by oneDNN; float32 matrices on the CPU, transposed views allowed."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """out = a @ b.T (+ bias), a tile of columns at a time; out (M, N), a (M, K), b (N, K), bias (N,)."""
+    for tile in _tiles(b.shape[0], a.shape[0]):
+        out[:, tile] = product(a, b[tile], None if bias is None else bias[tile])
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a.T @ b, a tile of rows at a time; out (N, K), a (M, N), b (M, K)."""
+    b = b.T.contiguous()
+    for tile in _tiles(a.shape[1], b.shape[0]):
+        made = product(b, a[:, tile].contiguous().T)  # (K, tile); oneDNN is slow on rows with gaps between them
+        out[tile] += made.T.contiguous()  # to add a transposed view takes four times as long
+
+
+def _tiles(length: int, other: int) -> Iterator[slice]:
+    """Slices of 0..length such that float32 (slice, other) has about TILE_BYTES; whole cache lines but the last."""
+    step = max(64, TILE_BYTES // (4 * other) // 64 * 64)
+    return (slice(start, start + step) for start in range(0, length, step))
 
 
 class _Linear(torch.autograd.Function):
