@@ -1,6 +1,6 @@
 """The PPO loss and its gradient from logits: fastppo's one pass against PyTorch, torch.compile, TRL, Liger, flash-attn.
 
-    python bench/bench_logits_ppo_loss.py [--rows 1024] [--vocab-sizes 32000 151936] [--out FILE]
+    python bench/bench_logits_ppo_loss.py [--shapes 1024,151936] [--out FILE]
 
 Least bytes: every logit read once and its gradient written once, 2 * R * V * itemsize. fastppo writes the gradient over
 the logits, which are restored, untimed, before each call; "copy" reads and writes as many bytes and computes nothing.
@@ -33,9 +33,8 @@ from torch import Tensor
 
 from fastppo_kernels import logits_ppo_loss
 
-OP = "logits_ppo_loss"
 LIGER, FLASH = "liger_kernel.transformers.grpo_loss", "flash_attn.ops.triton.cross_entropy"
-SHAPES = (1024, [32000, 151936]), (8192, [128256, 151936])  # CPU, GPU
+SHAPES = [(1024, 32000), (1024, 151936)], [(8192, 128256), (16384, 151936)]  # CPU, GPU
 
 
 def fastppo(p: LogitsProblem) -> Outputs:
@@ -113,13 +112,12 @@ def liger_variant(p: LogitsProblem, module: Any) -> Variant:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    shapes = SHAPES[options.device != "cpu"]
-    R, vocab_sizes = (64, [1000]) if options.quick else (options.rows or shapes[0], options.vocab_sizes or shapes[1])
-    for V, name, entropy in itertools.product(vocab_sizes, options.dtypes, (False, True)):
+    shapes = [(64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    for (R, V), name, entropy in itertools.product(shapes, options.dtypes, options.entropy):
         dtype = getattr(torch, name)
         p = logits_problem(R, V, dtype, options.device, entropy)
         yield Case(
-            op=OP,
+            op="logits_ppo_loss",
             setting={"dtype": name, "entropy": entropy, "R": R, "V": V},
             variants=variants(p),
             truth=logits_truth(p),
@@ -131,8 +129,7 @@ def cases(options: Any) -> Iterator[Case]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--vocab-sizes", type=int, nargs="+")
+    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,V")
     options = harness.start(parser, argv)
     for case in cases(options):
         harness.compare(case, options)

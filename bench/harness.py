@@ -32,6 +32,7 @@ from fastppo_kernels.linear import product, runs_onednn
 
 Outputs = Mapping[str, Tensor]
 OURS = "fastppo"
+PEERS_LEEWAY = 20.0  # some work in bfloat16 throughout; the error stands beside the time
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "flash-attn", "transformers")
 
 
@@ -78,6 +79,7 @@ def parser(doc: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    made.add_argument("--entropy", type=boolean, nargs="+", default=[False, True], help="of the row losses")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--repeats", type=int, default=repeats, help="rounds per case, unless --seconds ends them first")
     made.add_argument("--seconds", type=float, default=20.0, help="of rounds per case, after at least 3")
@@ -85,6 +87,16 @@ def parser(doc: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     made.add_argument("--out", type=Path, help="append JSON lines here")
     return made
+
+
+def boolean(text: str) -> bool:
+    """ "True" or "False"."""
+    return {"True": True, "False": False}[text]
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """ "1024,128,32000" as numbers."""
+    return tuple(int(number) for number in text.split(","))
 
 
 def start(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,11 +151,14 @@ def compare(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """Largest |actual - truth| over the largest |truth|; infinite for another shape, NaN for a NaN."""
+    """Largest |actual - truth| over the largest |truth|; infinite for another shape, NaN for a NaN.
+
+    A number is compared with 1 if it is smaller (a loss near 0 is a sum that cancelled), and so is what is all zeros.
+    """
     if actual.shape != truth.shape:
         return math.inf
-    scale = truth.abs().max().clamp(min=1e-300)
-    return ((actual.detach().double() - truth).abs().max() / scale).item()
+    scale, error = truth.abs().max().item(), (actual.detach().double() - truth).abs().max().item()
+    return error / (max(scale, 1.0) if truth.ndim == 0 or scale == 0 else scale)
 
 
 def _checked(variant: Variant, case: Case, *, must: bool) -> float | str:
@@ -154,9 +169,10 @@ def _checked(variant: Variant, case: Case, *, must: bool) -> float | str:
         if must:
             raise
         return _reason(exception)
-    if error <= case.tolerance:
+    allowed = case.tolerance * (1 if must else PEERS_LEEWAY)
+    if error <= allowed:
         return error
-    why = f"not timed: error {error:.1e} exceeds {case.tolerance:.0e}"
+    why = f"not timed: error {error:.1e} exceeds {allowed:.0e}"
     if must:
         raise SystemExit(f"{case.op} {case.setting}: {why}")
     return why

@@ -1,4 +1,4 @@
-"""The PPO problems that the row and head benchmarks share: inputs, the float64 truth, and what a trainer writes in PyTorch.
+"""The PPO problems of the row and head benchmarks: inputs, the float64 truth, and what a trainer writes in PyTorch.
 
 Clip range 0.2, no KL term, weights 1/R, and with `entropy` a bonus of 0.01 that has a gradient. Advantages are equal
 within each of 8 sequences, because Liger takes one per sequence; no other variant makes use of that.
@@ -6,6 +6,7 @@ within each of 8 sequences, because Liger takes one per sequence; no other varia
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -134,9 +135,8 @@ def pick_logits(outputs: Outputs) -> Outputs:
     return {"loss": outputs["loss"], "dlogits": outputs["dlogits"][-SAMPLE:]}
 
 
-def head_truth(p: HeadProblem, loss: object = rows_loss) -> Outputs:
-    """The loss, dhidden of the last SAMPLE rows and dweight of the last SAMPLE tokens, in float64, 64 rows at a time."""
-    assert callable(loss)
+def head_truth(p: HeadProblem, loss: Callable[[Tensor, Rows], Tensor] = rows_loss) -> Outputs:
+    """The loss, dhidden of the last SAMPLE rows and dweight of the last SAMPLE tokens, in float64."""
     R, H, V = p.shape
     weight, total = p.weight.double(), torch.zeros((), dtype=torch.float64, device=p.hidden.device)
     dweight, dhidden = torch.zeros(min(SAMPLE, V), H, dtype=torch.float64, device=p.hidden.device), weight[:0]

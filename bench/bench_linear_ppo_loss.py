@@ -1,0 +1,155 @@
+"""The PPO loss from hidden states and the LM head, with both gradients: fastppo against peers and its own products.
+
+    python bench/bench_linear_ppo_loss.py [--shapes 1024,896,151936] [--out FILE]
+
+Least operations: three products of 2 * R * V * H each (logits, gradient of hidden, gradient of the weight); peers that
+make the logits again in the backward do 8 R V H. "three products" are those alone, on whole matrices, with the operands
+and the library that the op uses on this device. Least bytes: hidden and weight read, their gradients written.
+`extra MB` is to be compared with one chunk of logits and the weight's gradient, which each setting states.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Case, Outputs, Variant
+from problems import (
+    CLIP,
+    HeadProblem,
+    Rows,
+    gradients,
+    grouped,
+    head_loss,
+    head_problem,
+    head_truth,
+    leaf,
+    per_sequence,
+    pick_head,
+    policy_loss,
+)
+from torch import Tensor
+
+from fastppo_kernels import linear_ppo_loss
+from fastppo_kernels.head import default_chunk_size
+from fastppo_kernels.linear import product, runs_onednn
+
+LIGER = "liger_kernel.chunked_loss"
+SHAPES = (  # CPU, GPU
+    [(1024, 128, 32000), (1024, 896, 32000), (1024, 128, 151936), (1024, 896, 151936)],
+    [(8192, 4096, 128256), (16384, 896, 151936)],
+)
+
+
+def fastppo(p: HeadProblem) -> Outputs:
+    hidden, weight = leaf(p.hidden), leaf(p.weight)
+    loss, _ = linear_ppo_loss(hidden, weight, *p.rows[:4], entropy_coef=p.rows.entropy_coef)
+    return gradients(loss, hidden=hidden, weight=weight)
+
+
+def by_autograd(p: HeadProblem, loss: Any) -> Outputs:
+    hidden, weight = leaf(p.hidden), leaf(p.weight)
+    return gradients(loss(hidden, weight, p.rows), hidden=hidden, weight=weight)
+
+
+def three_products(hidden: Tensor, weight: Tensor) -> Outputs:
+    """The products of the op with logits in place of their gradient."""
+    if runs_onednn(hidden):
+        logits = product(hidden, weight)
+        return {"dhidden": product(logits, weight.T), "dweight": product(hidden.T, logits.T)}
+    logits = torch.mm(hidden, weight.T)
+    return {"dhidden": torch.mm(logits, weight), "dweight": torch.mm(logits.T, hidden)}
+
+
+def trl_loss(module: Any, hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    """TRL's chunked log-probs, with the chunk its trainers use, under the same loss."""
+    outputs = ("entropy",) if rows.entropy_coef else ()
+    function, chunk = module._ChunkedLogProbFunction, module._CHUNKED_LOGPROB_CHUNK_SIZE
+    made = function.apply(hidden, weight, None, rows.targets, 1.0, chunk, None, 1.0, outputs)
+    return policy_loss(made[0], made[1], rows)
+
+
+def liger(p: HeadProblem, loss_module: Any) -> Outputs:
+    hidden, weight = leaf(p.hidden), leaf(p.weight)
+    x, ids, old = (grouped(t, p.rows) for t in (hidden, p.rows.targets, p.rows.old_logprobs))
+    mask, advantages = torch.ones_like(old), per_sequence(p.rows.advantages, p.rows)
+    loss, _ = loss_module(x, weight, ids, mask, advantages, old_per_token_logps=old)
+    return gradients(loss, hidden=hidden, weight=weight)
+
+
+def liger_variant(p: HeadProblem, compiled: bool, module: Any) -> Variant:
+    """All sequences in one chunk of Liger's, which is the quickest: its own tiles bound the memory."""
+    options = {"beta": 0.0, "use_ref_model": False, "epsilon_low": CLIP, "epsilon_high": CLIP, "loss_type": "bnpo"}
+    loss = module.LigerFusedLinearGRPOLoss(compiled=compiled, chunk_size=p.rows.sequences[0], **options)
+    return Variant(run=lambda: liger(p, loss), note="advantages per sequence")
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, rows.targets, options=options)
+
+
+def mean_cross_entropy(logits: Tensor, rows: Rows) -> Tensor:
+    return (F.cross_entropy(logits, rows.targets, reduction="none") * rows.weights).sum()
+
+
+def variants(p: HeadProblem) -> dict[str, Variant | str]:
+    on_cpu = p.hidden.device.type == "cpu"
+    hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
+    no_entropy = "has no entropy" if p.rows.entropy_coef else ""
+    made: dict[str, Variant | str] = {
+        harness.OURS: Variant(run=lambda: fastppo(p)),
+        "three products": Variant(run=lambda: three_products(hidden, weight), truth={}, note="no loss, whole matrices"),
+        "torch eager": Variant(run=lambda: by_autograd(p, head_loss)),
+        "torch.compile": Variant(run=partial(by_autograd, p, torch.compile(head_loss, dynamic=False))),
+        "TRL 1.16 chunked": harness.peer(
+            "trl.trainer.utils", lambda m: Variant(run=lambda: by_autograd(p, partial(trl_loss, m)), note="8 R V H")
+        ),
+        "Liger GRPO": no_entropy or harness.peer(LIGER, partial(liger_variant, p, False)),
+        "Liger GRPO compiled": no_entropy or harness.peer(LIGER, partial(liger_variant, p, True)),
+        "torch linear_cross_entropy": "cross-entropy only" if no_entropy else "not in this torch",
+    }
+    if not no_entropy and hasattr(F, "linear_cross_entropy"):
+        made["torch linear_cross_entropy"] = Variant(
+            run=lambda: by_autograd(p, cross_entropy),
+            truth=head_truth(p, mean_cross_entropy),
+            note="cross-entropy, no PPO",
+        )
+    return made
+
+
+def cases(options: Any) -> Iterator[Case]:
+    shapes = [(64, 64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    for (R, H, V), name, entropy in itertools.product(shapes, options.dtypes, options.entropy):
+        dtype = getattr(torch, name)
+        p = head_problem(R, H, V, dtype, options.device, entropy)
+        chunk = min(R, default_chunk_size(V, p.hidden.device)) * V * 4
+        yield Case(
+            op="linear_ppo_loss",
+            setting={"dtype": name, "entropy": entropy, "R": R, "H": H, "V": V}
+            | {"chunk_mb": round(chunk / 2**20, 1), "dweight_mb": round(V * H * dtype.itemsize / 2**20, 1)},
+            variants=variants(p),
+            truth=head_truth(p),
+            tolerance=1e-5 if dtype == torch.float32 else 1e-2,
+            pick=pick_head,
+            num_bytes=2 * (R * H + V * H) * dtype.itemsize,
+            flops=6 * R * V * H,
+            dtype=torch.float32 if options.device == "cpu" else dtype,  # bfloat16 is multiplied in float32 on the CPU
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.parser(__doc__, repeats=9)
+    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H,V")
+    options = harness.start(parser, argv)
+    for case in cases(options):
+        harness.compare(case, options)
+
+
+if __name__ == "__main__":
+    main()
