@@ -124,7 +124,7 @@ def variants(p: HeadProblem) -> dict[str, Variant | str]:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    shapes = [(64, 64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    shapes: Any = [(64, 64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
     for (R, H, V), name, entropy in itertools.product(shapes, options.dtypes, options.entropy):
         dtype = getattr(torch, name)
         p = head_problem(R, H, V, dtype, options.device, entropy)

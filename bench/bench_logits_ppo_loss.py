@@ -53,7 +53,8 @@ def trl(p: LogitsProblem, utils: Any) -> Outputs:
     """TRL's log-probs (and entropy), Triton kernels on a GPU, under the same loss."""
     logits = leaf(p.logits)
     if p.rows.entropy_coef:
-        loss = policy_loss(*utils.selective_log_softmax_and_entropy(logits, p.rows.targets), p.rows)
+        logprobs, entropy = utils.selective_log_softmax_and_entropy(logits, p.rows.targets)
+        loss = policy_loss(logprobs, entropy, p.rows)
     else:
         loss = policy_loss(utils.selective_log_softmax(logits, p.rows.targets), None, p.rows)
     return gradients(loss, logits=logits)
@@ -112,7 +113,7 @@ def liger_variant(p: LogitsProblem, module: Any) -> Variant:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    shapes = [(64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    shapes: Any = [(64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
     for (R, V), name, entropy in itertools.product(shapes, options.dtypes, options.entropy):
         dtype = getattr(torch, name)
         p = logits_problem(R, V, dtype, options.device, entropy)

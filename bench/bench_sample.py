@@ -81,8 +81,9 @@ def variants(p: Problem) -> dict[str, Variant | str]:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    shapes = [(16, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
-    for (R, V), name, (cut, keywords) in itertools.product(shapes, options.dtypes, CUTS.items()):
+    shapes: Any = [(16, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    settings: Any = itertools.product(shapes, options.dtypes, CUTS.items())
+    for (R, V), name, (cut, keywords) in settings:
         dtype = getattr(torch, name)
         p = make_problem(R, V, dtype, options.device, keywords)
         exact = fastppo(p._replace(logits=p.logits.double(), uniform=p.uniform.double()), "reference")

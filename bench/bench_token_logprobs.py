@@ -108,7 +108,7 @@ def variants(p: HeadProblem, gradient: bool) -> dict[str, Variant | str]:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    shapes = [(64, 64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    shapes: Any = [(64, 64, 1000)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
     product_ = itertools.product(shapes, options.dtypes, options.entropy, options.gradient)
     for (R, H, V), name, entropy, gradient in product_:
         dtype = getattr(torch, name)

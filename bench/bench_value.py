@@ -71,11 +71,12 @@ def variants(p: Problem) -> dict[str, Variant | str]:
         "torch.compile": torch.compile(plain, dynamic=False),
     }
     copy = Variant(run=lambda: {"x": other.copy_(p.hidden)}, truth={}, note="same bytes, no result")
-    return {name: Variant(run=partial(run, p, loss)) for name, loss in made.items()} | {"copy": copy}
+    timed: dict[str, Variant | str] = {name: Variant(run=partial(run, p, loss)) for name, loss in made.items()}
+    return timed | {"copy": copy}
 
 
 def cases(options: Any) -> Iterator[Case]:
-    shapes = [(64, 64)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
+    shapes: Any = [(64, 64)] if options.quick else options.shapes or SHAPES[options.device != "cpu"]
     for (R, H), name in itertools.product(shapes, options.dtypes):
         dtype = getattr(torch, name)
         p = make_problem(R, H, dtype, options.device)

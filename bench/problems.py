@@ -36,7 +36,8 @@ class Rows(NamedTuple):
         return SEQUENCES, self.targets.shape[0] // SEQUENCES
 
     def take(self, rows: slice) -> Rows:
-        return Rows(*(x[rows] for x in self[:4]), self.entropy_coef)
+        targets, old, advantages, weights = (x[rows] for x in self[:4])
+        return Rows(targets, old, advantages, weights, self.entropy_coef)
 
 
 class HeadProblem(NamedTuple):
@@ -48,7 +49,7 @@ class HeadProblem(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return *self.hidden.shape, self.weight.shape[0]
+        return self.hidden.shape[0], self.hidden.shape[1], self.weight.shape[0]
 
 
 class LogitsProblem(NamedTuple):

@@ -15,6 +15,9 @@ Ties at the threshold: the lowest columns are kept, for top_k as for top_p, wher
 the same. torch.topk leaves open which of equal logits it takes, so there the two may differ.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (a Triton device function that returns several values looks to it like one that never returns)
+
 import math
 
 import torch
@@ -63,7 +66,7 @@ def _masses(row_ptr, V, scale, threshold, last_tie, VIEW: tl.constexpr, NUM_BLOC
     tops = tl.full((NUM_BLOCKS,), -float("inf"), tl.float32)
     masses = tl.zeros((NUM_BLOCKS,), tl.float32)
     whole = V // BLOCK
-    for block in tl.range(0, whole, num_stages=3):  # pyright: ignore[reportGeneralTypeIssues]
+    for block in tl.range(0, whole, num_stages=3):
         x = _columns(row_ptr, block, V, threshold, last_tie, VIEW, BLOCK, TAIL=False)
         top, mass = _block_mass(x, scale)
         tops = tl.where(blocks == block, top, tops)

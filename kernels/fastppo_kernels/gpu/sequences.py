@@ -7,6 +7,9 @@ it. A token that is no action is the identity. Where there are such tokens, the 
 scan too. Tokens outside every sequence belong to the first or the last program, which treats them as no actions.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (a Triton device function that returns several values looks to it like one that never returns)
+
 import torch
 import triton
 import triton.language as tl
