@@ -43,8 +43,8 @@ class Sizes:
     """How long each stage runs; the defaults fit two CPU cores in five minutes."""
 
     sft_steps: int = 800
-    reward_steps: int = 1300
-    ppo_steps: int = 220
+    reward_steps: int = 1600
+    ppo_steps: int = 250
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = None) -> dict[str, float]:
@@ -173,7 +173,7 @@ def _train_reward(
 
 
 def _wrong(right: int, rng: random.Random) -> str:
-    """A wrong answer: a wrong last digit (the hard one to judge), a wrong first one, any number, or no two digits."""
+    """A wrong answer: a wrong last digit, a wrong first one, any number, or no two digits."""
     tens, ones = divmod(right, 10)
     wrong = rng.choices(
         [
@@ -182,7 +182,7 @@ def _wrong(right: int, rng: random.Random) -> str:
             str(rng.randint(10, 99)),
             rng.choice(["", str(tens), f"{right}{rng.randint(0, 9)}"]),
         ],
-        weights=(5, 3, 1, 1),
+        weights=(4, 4, 1, 1),
     )[0]
     return wrong if wrong != str(right) else _wrong(right, rng)
 
