@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: help demo test slow lint bench clean
+.PHONY: help demo test slow lint bench bench-kernels clean
 
 help:
 	@echo "make demo    train a small policy with PPO on this machine, into runs/demo"
@@ -14,6 +14,7 @@ help:
 	@echo "make slow    the end-to-end tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   one PPO iteration against TRL's last PPOTrainer"
+	@echo "make bench-kernels   every op against its peers (TRL, Liger, torch.compile), an hour"
 	@echo "make clean   remove what the other targets made, .venv included"
 
 demo: $(VENV)/.ready
@@ -33,6 +34,10 @@ lint: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/compare_ppo.py
+
+bench-kernels: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench-kernels]'
+	bash bench/kernels.sh runs/kernels.jsonl
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -9,6 +9,7 @@ read, advantages and returns written, 17 per token.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -78,14 +79,12 @@ def cases(options: Any) -> Iterator[Case]:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, repeats=9)
-    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="B,T")
-    parser.add_argument("--holes", type=float, default=0.1, help="part of the tokens that are no action")
-    options = harness.start(parser, argv)
-    for case in cases(options):
-        harness.compare(case, options)
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, repeats=9)
+    made.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="B,T")
+    made.add_argument("--holes", type=float, default=0.1, help="part of the tokens that are no action")
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(parser(), cases)

@@ -10,6 +10,7 @@ and the library that the op uses on this device. Least bytes: hidden and weight 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -143,13 +144,11 @@ def cases(options: Any) -> Iterator[Case]:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, repeats=9)
-    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H,V")
-    options = harness.start(parser, argv)
-    for case in cases(options):
-        harness.compare(case, options)
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, repeats=9)
+    made.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H,V")
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(parser(), cases)

@@ -8,6 +8,7 @@ the logits, which are restored, untimed, before each call; "copy" reads and writ
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -128,13 +129,11 @@ def cases(options: Any) -> Iterator[Case]:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,V")
-    options = harness.start(parser, argv)
-    for case in cases(options):
-        harness.compare(case, options)
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__)
+    made.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,V")
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(parser(), cases)

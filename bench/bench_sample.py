@@ -9,6 +9,7 @@ transformers does, so of its tokens only the log-probs are checked.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -97,13 +98,11 @@ def cases(options: Any) -> Iterator[Case]:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, repeats=9)
-    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,V")
-    options = harness.start(parser, argv)
-    for case in cases(options):
-        harness.compare(case, options)
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, repeats=9)
+    made.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,V")
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(parser(), cases)

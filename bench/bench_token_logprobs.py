@@ -9,6 +9,7 @@ with a gradient theirs written.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -126,14 +127,12 @@ def cases(options: Any) -> Iterator[Case]:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, repeats=9)
-    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H,V")
-    parser.add_argument("--gradient", type=harness.boolean, nargs="+", default=[False, True])
-    options = harness.start(parser, argv)
-    for case in cases(options):
-        harness.compare(case, options)
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, repeats=9)
+    made.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H,V")
+    made.add_argument("--gradient", type=harness.boolean, nargs="+", default=[False, True])
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(parser(), cases)

@@ -8,6 +8,7 @@ nothing. Products are vectors times matrices: bandwidth, not arithmetic, is the 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -90,13 +91,11 @@ def cases(options: Any) -> Iterator[Case]:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H")
-    options = harness.start(parser, argv)
-    for case in cases(options):
-        harness.compare(case, options)
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__)
+    made.add_argument("--shapes", type=harness.sizes, nargs="+", metavar="R,H")
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(parser(), cases)

@@ -18,7 +18,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -107,6 +107,13 @@ def start(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     return options
 
 
+def run(made: argparse.ArgumentParser, cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
+    """A whole script: every case of the options on the command line."""
+    options = start(made)
+    for case in cases(options):
+        compare(case, options)
+
+
 def peer(module: str, make: Callable[[Any], Variant]) -> Variant | str:
     """The variant that `make` makes of the module of a peer, or the reason why there is none."""
     try:
@@ -161,21 +168,26 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return error / (max(scale, 1.0) if truth.ndim == 0 or scale == 0 else scale)
 
 
+def check(variant: Variant, case: Case, leeway: float = 1.0) -> float:
+    """The largest relative error of the outputs.
+
+    Raises:
+        ValueError: it exceeds the case's tolerance times `leeway`, or is NaN.
+    """
+    error, allowed = _error(variant, case), case.tolerance * leeway
+    if not error <= allowed:
+        raise ValueError(f"not timed: error {error:.1e} of {case.op} {case.setting} exceeds {allowed:.0e}")
+    return error
+
+
 def _checked(variant: Variant, case: Case, *, must: bool) -> float | str:
     """The largest relative error of the outputs, or why the variant is not timed; an exception if it `must` be."""
     try:
-        error = _error(variant, case)
-    except Exception as exception:
+        return check(variant, case, 1.0 if must else PEERS_LEEWAY)
+    except Exception as exception:  # a peer may fail in any way
         if must:
             raise
         return _reason(exception)
-    allowed = case.tolerance * (1 if must else PEERS_LEEWAY)
-    if error <= allowed:
-        return error
-    why = f"not timed: error {error:.1e} exceeds {allowed:.0e}"
-    if must:
-        raise SystemExit(f"{case.op} {case.setting}: {why}")
-    return why
 
 
 def _error(variant: Variant, case: Case) -> float:

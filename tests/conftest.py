@@ -3,8 +3,8 @@
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -33,9 +33,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.InterpreterBuilder.create_fma = _fma  # pyright: ignore[reportAttributeAccessIssue]
 
-# The interpreter's first call is slow and a failure must repeat: no deadline, the same examples every run.
-hypothesis.settings.register_profile("fastppo", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("fastppo")
+with suppress(ImportError):  # tests/gpu runs without hypothesis too
+    import hypothesis
+
+    # The interpreter's first call is slow and a failure must repeat: no deadline, the same examples every run.
+    hypothesis.settings.register_profile("fastppo", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("fastppo")
 
 POISONED_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 

@@ -1,0 +1,41 @@
+"""The same cases under pytest-benchmark, fastppo alone, to compare one commit with another.
+
+    pytest bench/test_bench_ops.py --benchmark-autosave               # then, on another commit:
+    pytest bench/test_bench_ops.py --benchmark-compare
+
+On a GPU at the shapes of the scripts, on the CPU at their smallest ones. The scripts themselves measure the peers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+SCRIPTS = ("logits_ppo_loss", "linear_ppo_loss", "token_logprobs", "value", "gae", "sample")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench(benchmark: Any, script: str, dtype: str) -> None:
+    """The last case of the script, its outputs held to float64 before it is timed."""
+    module = importlib.import_module(f"bench_{script}")
+    arguments = ["--dtypes", dtype] + ([] if torch.cuda.is_available() else ["--quick"])
+    (case,) = deque(module.cases(harness.start(module.parser(), arguments)), maxlen=1)
+    variant = case.variants[harness.OURS]
+    harness.check(variant, case)
+    benchmark.extra_info.update(op=case.op, **case.setting)
+    benchmark.pedantic(_synchronised(variant.run), setup=variant.before, rounds=15, warmup_rounds=2)
+
+
+def _synchronised(run: Any) -> Any:
+    def call() -> None:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return call
