@@ -44,7 +44,7 @@ class Sizes:
 
     sft_steps: int = 800
     reward_steps: int = 1600
-    ppo_steps: int = 250
+    ppo_steps: int = 200
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = None) -> dict[str, float]:
@@ -168,7 +168,7 @@ def _train_reward(
         right, wrong = (f"{a}+{b}={answer}" for answer in (a + b, _wrong(a + b, rng)))
         eos = tokenizer.eos_token_id
         pairs.append(([*_ids(tokenizer, right), eos], [*_ids(tokenizer, wrong), eos]))
-    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=128, lr=1e-3, seed=seed)
+    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=96, lr=1e-3, seed=seed)
     return reward
 
 
