@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastppo.checks import InputError, require
 
 CHECKSUMS, NUMBERS, TENSORS = "checksums.json", "state.json", "state.safetensors"
 FORMAT = 1
+ABANDONED = "abandoned-"
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,16 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints of more than `step` iterations: the run goes on from there, and they are of another future."""
+    for path in _candidates(folder):
+        if _claimed_step(path)[0] > step:
+            path.rename(folder / f"{ABANDONED}{path.name.lstrip('.')}-{time.time_ns()}")
+
+
 def prune(folder: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` of `step-*`; 0 keeps all. Other names are never touched."""
-    steps = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    steps = sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_claimed_step)
     for path in steps[: -keep_last or len(steps)] if keep_last else []:
         shutil.rmtree(path)
 
@@ -155,7 +164,7 @@ def unpack(text: str) -> Tensor:
 def _candidates(folder: Path) -> list[Path]:
     """Every folder but the half-written; a killed rename leaves the whole `.<name>.old`."""
     folders = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    return [p for p in folders if not p.name.endswith(".partial")]
+    return [p for p in folders if not p.name.endswith(".partial") and not p.name.startswith(ABANDONED)]
 
 
 def _claimed_step(folder: Path) -> tuple[int, str]:

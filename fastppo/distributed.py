@@ -3,11 +3,14 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(hours=2)  # the others wait while the first rank evaluates or writes a checkpoint
 
 
 @contextmanager
@@ -15,7 +18,8 @@ def joined() -> Iterator[None]:
     """Within the process group that torchrun describes, if it does and nobody joined it yet; left at the end."""
     joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from fastppo.hub import require_there
 from fastppo.microbatch import MicroBatch
 from fastppo_kernels import linear
 
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # what `attention.py` computes
 HEADS = ("score", "classifier")  # names that transformers gives a classification head
 
 
@@ -278,6 +279,12 @@ def _prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrained
     require(
         model._can_set_attn_implementation(),
         f"{type(model).__name__} does not use transformers' attention interface, so sequences cannot be packed",
+    )
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS
+    require(
+        not model._is_stateful and not others,
+        f"{type(model).__name__} has layers ({', '.join(sorted(others)) or 'with a state'}) other than full and "
+        "sliding-window attention: packed sequences would leak into each other there",
     )
     model.set_attn_implementation(PACKED)
     if gradient_checkpointing:

@@ -16,8 +16,15 @@ from fastppo.run import Run
 from fastppo.run_file import to_dict
 
 LATEST = "latest"
-FREE_KEYS = {"out", "device"} | {  # what may differ between a run and its continuation
-    f"train.{name}" for name in ("eval_every", "eval_prompts_max", "save_every", "keep_last", "loggers")
+PORTION_KEYS = {  # what a run that went out of memory may change: results then differ by rounding and random numbers
+    "ppo.max_tokens_per_microbatch",
+    "rollout.max_rows",
+    "policy.gradient_checkpointing",
+    "critic.gradient_checkpointing",
+}
+FREE_KEYS = {  # what else may differ between a run and its continuation
+    *("out", "device", "train.eval_every", "train.eval_prompts_max", "train.save_every", "train.keep_last"),
+    "train.loggers",
 }
 
 
@@ -88,10 +95,13 @@ def _described(found: Checkpoint | None, config: RunConfig) -> str:
 
 def _refuse_another_run(before: dict[str, Any], config: RunConfig) -> None:
     now, then = _flat(json.loads(json.dumps(to_dict(config)))), _flat(before)
-    free = set(FREE_KEYS)
+    free = FREE_KEYS | PORTION_KEYS
     if config.policy_optimizer.schedule == config.critic_optimizer.schedule == "constant":
         free.add("train.total_steps")  # else it stretches the schedules
-    changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key) and key not in free)
+    differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    changed = [key for key in differ if key not in free]
+    if distributed.rank() == 0 and not PORTION_KEYS.isdisjoint(differ):
+        print(f"resume: {', '.join(sorted(PORTION_KEYS.intersection(differ)))} changed: not bit for bit", flush=True)
     shown = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     require(

@@ -195,23 +195,23 @@ def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None
         )
     model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code)
     model = models.to_device(model, device)
-    tokenizer = _own_tokenizer(config.target, policy_tokenizer, model)
+    tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)
     return RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
 
 
 def _own_tokenizer(
-    path: str, policy_tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    path: str, trust_remote_code: bool, policy_tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
 ) -> PreTrainedTokenizerBase | None:
     """None when ids mean the same to policy and reward model, else the reward model's tokenizer."""
-    own = models.load_tokenizer(path) if models.has_tokenizer(path) else None
+    own = models.load_tokenizer(path, trust_remote_code=trust_remote_code) if models.has_tokenizer(path) else None
     same = own is None or (policy_tokenizer is not None and own.get_vocab() == policy_tokenizer.get_vocab())
     if not same:
         require(policy_tokenizer is not None, f"reward model {path!r} reads text, so the policy needs a tokenizer")
         return own
-    size = 0 if policy_tokenizer is None else len(policy_tokenizer)
+    size, vocab_size = len(policy_tokenizer or ()), model.config.get_text_config().vocab_size
     require(
-        size <= model.config.get_text_config().vocab_size,
-        f"reward model {path!r} has no tokenizer of its own and a vocabulary of {model.config.vocab_size}, smaller "
+        size <= vocab_size,
+        f"reward model {path!r} has no tokenizer of its own and a vocabulary of {vocab_size}, smaller "
         f"than the policy's {size}: put its tokenizer into its folder",
     )
     return None

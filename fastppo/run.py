@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastppo import distributed, models
+from fastppo import checkpoint, distributed, models
 from fastppo.batch import Prompts
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
@@ -52,6 +52,7 @@ def build(config: RunConfig, *, kept: int | None = None) -> Run:
     `kept`: the folder may hold a run, whose rows until this iteration stay; -1: none do. None: it must hold no run.
     """
     _seed(config.seed)
+    _check_ranks(config)
     folder = Path(config.out)
     if distributed.rank() == 0 and kept is None:
         _check_folder(folder)
@@ -93,6 +94,7 @@ def build(config: RunConfig, *, kept: int | None = None) -> Run:
     if distributed.rank() == 0:
         if kept is not None:
             rewind(folder, kept)
+            checkpoint.set_aside(folder / "checkpoints", kept)
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config))
     return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, lock)
@@ -105,12 +107,23 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _check_ranks(config: RunConfig) -> None:
+    """Every rank cuts its own sequences into minibatches, so that the minibatch is the same on any number of ranks."""
+    world = distributed.world_size()
+    mine, parts = config.rollout.num_prompts * config.rollout.samples_per_prompt // world, config.ppo.num_minibatches
+    require(
+        mine % parts == 0,
+        f"ppo.num_minibatches ({parts}) must divide the {mine} sequences of each of {world} ranks; "
+        "change it, rollout.num_prompts or the number of ranks",
+    )
+
+
 def _check_folder(folder: Path) -> None:
     """A folder that holds a run is left alone; an empty metrics.jsonl is of one that failed at its start."""
     metrics = folder / "metrics.jsonl"
-    used = metrics.exists() and metrics.stat().st_size > 0
+    used = (metrics.exists() and metrics.stat().st_size > 0) or any(folder.glob("checkpoints/*"))
     ways = "go on with --resume, give another `out`, or delete the folder"
-    require(not used, f"{str(folder)!r} already holds a run (its metrics.jsonl): {ways}")
+    require(not used, f"{str(folder)!r} already holds a run (its metrics.jsonl or checkpoints): {ways}")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     require(
         there.is_dir() and os.access(there, os.W_OK),
@@ -129,9 +142,14 @@ def _open_folder(folder: Path) -> IO[str] | None:
         raise InputError(f"cannot write to the run folder {str(folder)!r}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends, however
-    except OSError as error:
+    except BlockingIOError as error:
         lock.close()
         raise InputError(f"another process trains in {str(folder)!r}: wait for it, or give another `out`") from error
+    except OSError as error:
+        lock.close()
+        raise InputError(
+            f"cannot lock the run folder {str(folder)!r} ({error.strerror}): give an `out` on a file system with flock"
+        ) from error
     return lock
 
 

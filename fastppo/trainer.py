@@ -15,6 +15,7 @@ from fastppo.report import progress
 from fastppo.resume import find, mark, restore
 from fastppo.rewards import Scores, to_samples
 from fastppo.run import Run, build
+from fastppo.stop import stop_requests
 
 
 def train(config: RunConfig, *, resume: str | None = None) -> Path:
@@ -23,7 +24,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
     `resume`: a checkpoint folder to go on from, or "latest" for the newest whole one of the run folder, if it has one;
     the run then ends as if it had never stopped.
 
-    Ctrl-C saves a checkpoint under `checkpoints/interrupted` and returns. Any other failure saves it too and is raised.
+    Ctrl-C or SIGTERM: the run saves `checkpoints/interrupted` after this iteration and returns; a second stops at once.
+    Any other failure saves too and is raised. What stops inside an update leaves weights between two iterations, from
+    which no run can go on: they are saved as `checkpoints/interrupted-weights`, and `interrupted` stays as it was.
     Before the end of the first iteration there is nothing to save. Of several ranks the first one writes everything.
 
     Raises:
@@ -34,6 +37,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
         stack.enter_context(distributed.joined())
         run = start(config, resume)
         stack.enter_context(_saved_on_failure(run))
+        stop = stack.enter_context(stop_requests())
         show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
         for step in range(run.step + 1, config.train.total_steps + 1):
             if (step - 1) % config.train.eval_every == 0:
@@ -50,11 +54,13 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
             run.boundary = None
             with timer("update"):
                 stats = run.engine.update(experience)
+            mark(run, step)
             log(run, step, stats, rollout, timer)
             show(stats)
-            mark(run, step)
             if config.train.save_every and step % config.train.save_every == 0:
                 save(run, f"step-{step:06d}")
+            if any(distributed.gather(bool(stop))):
+                raise KeyboardInterrupt
         show.phase("evaluation")
         evaluate(run, config.train.total_steps)
         save(run, "final")
@@ -139,7 +145,10 @@ def _saved_on_failure(run: Run) -> Iterator[None]:
 def _save_interrupted(run: Run, why: str) -> None:
     """Unless nothing was trained, and say so."""
     if _writes() and run.engine.version > 0:
-        print(f"{why} after {run.step} iterations: saved {save(run, 'interrupted')}", flush=True)
+        name, way = ("interrupted", "--resume goes on from it")
+        if run.boundary is None:
+            name, way = "interrupted-weights", "weights alone; --resume goes on from the newest other checkpoint"
+        print(f"{why} after {run.step} iterations: saved {save(run, name)} ({way})", flush=True)
     elif _writes():
         print(f"{why} before the end of the first iteration: nothing was trained, so nothing is saved", flush=True)
 

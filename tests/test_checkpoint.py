@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import runs
-from fastppo import RewardError, checkpoint, train
+from fastppo import PPOEngine, RewardError, checkpoint, train
 from fastppo.metrics import rewind
 from fastppo.resume import LATEST
 from fastppo.run import build
@@ -257,3 +257,43 @@ def test_rows_after_the_checkpoint_are_moved_not_lost(tmp_path: Path) -> None:
     rewind(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
     assert (tmp_path / "metrics.dropped.jsonl").read_text() == "".join(rows[2:]) + '{"step"\n'
+
+
+def test_checkpoints_of_an_abandoned_future_are_set_aside(tmp_path: Path) -> None:
+    """Else a later --resume would jump onto them, and pruning would take them for the last ones."""
+    folder = train(config(tmp_path, train={"save_every": 2}))
+    second = folder / "checkpoints" / "step-000002"
+    runs.calls.clear()
+    runs_on = config(tmp_path, train={"save_every": 3, "keep_last": 1})
+    train(runs_on, resume=str(second))
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names[-2:] == ["final", "step-000006"] and all(n.startswith("abandoned-") for n in names[:-2])
+    assert len([n for n in names if n.startswith("abandoned-")]) == 3  # step-000004, step-000006 and final
+
+
+def test_an_interruption_inside_an_update_leaves_what_can_be_resumed(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    whole = PPOEngine.update
+
+    def fails_in_the_third(self: PPOEngine, *args: Any) -> Any:
+        if self.version == 2:
+            raise RuntimeError("out of memory")
+        return whole(self, *args)
+
+    monkeypatch.setattr(PPOEngine, "update", fails_in_the_third)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(config(tmp_path, train={"save_every": 2}), resume=LATEST)
+        assert "interrupted-weights (weights alone; --resume goes on from the newest other" in capsys.readouterr().out
+    monkeypatch.undo()
+    train(config(tmp_path, train={"save_every": 2}), resume=LATEST)
+    assert "going on after iteration 2" in capsys.readouterr().out
+
+
+def test_a_run_out_of_memory_may_go_on_in_smaller_portions(tmp_path: Path, capsys: Any) -> None:
+    folder = train(config(tmp_path, train={"save_every": 2}))
+    shutil.rmtree(folder / "checkpoints" / "final")
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    train(config(tmp_path, train={"save_every": 2}, ppo={"max_tokens_per_microbatch": 64}), resume=LATEST)
+    assert "resume: ppo.max_tokens_per_microbatch changed: not bit for bit" in capsys.readouterr().out

@@ -9,8 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Lfm2Config,
     LlamaConfig,
     PreTrainedModel,
+    Qwen3NextConfig,
 )
 
 import tiny
@@ -189,3 +191,30 @@ def test_end_tokens_are_those_of_generation_config_model_and_tokenizer() -> None
     tokenizer: Any = type("Tokenizer", (), {"eos_token_id": 6})()
     assert models.eos_token_ids(policy, tokenizer) == (4, 5, 6)
     assert isinstance(policy.config, LlamaConfig)
+
+
+@pytest.mark.parametrize(
+    ("config", "kinds"),
+    [
+        (
+            Lfm2Config(
+                vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, layer_types=["conv", "full_attention"],
+            ),
+            "conv",
+        ),
+        (
+            Qwen3NextConfig(
+                vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+                shared_expert_intermediate_size=8, linear_num_value_heads=2, linear_num_key_heads=2,
+                linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+            ),
+            "linear_attention",
+        ),
+    ],
+    ids=["Lfm2", "Qwen3Next"],
+)  # fmt: skip
+def test_layers_that_would_mix_packed_sequences_are_refused(config: Any, kinds: str) -> None:
+    with pytest.raises(ValueError, match=rf"layers \({kinds}\) other than .* would leak"):
+        models.prepare_policy(models.new_causal_lm(config))

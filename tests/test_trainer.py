@@ -26,7 +26,7 @@ from transformers import (
 
 import runs
 from batches import equal_weights, weights
-from fastppo import PPOEngine, RewardError, RunConfig, demo, train
+from fastppo import PPOEngine, RewardError, RunConfig, checkpoint, demo, train
 from fastppo.run_file import from_dict
 
 TRL_NAMES = {  # of trl.PPOTrainer's log, where both have the quantity
@@ -210,20 +210,22 @@ def start(path: str, *args: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_ctrl_c_ends_a_run_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would inherit that it is ignored
     process = start(runs.run_file(tmp_path), "--train.total-steps", "100000")
     signal.signal(signal.SIGINT, before)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert f"iterations: saved {tmp_path / 'run' / 'checkpoints' / 'interrupted'}" in out
     steps = [row["step"] for row in iterations(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 1
     load(tmp_path / "run" / "checkpoints" / "interrupted")
+    assert checkpoint.read(tmp_path / "run" / "checkpoints" / "interrupted").step == steps[-1]
 
 
 def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:

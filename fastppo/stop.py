@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM, of a scheduler or torchrun, end a run between two iterations; a second one ends it at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+MESSAGE = b"\nstopping when this iteration is done; once more to stop now\n"
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Yields a list that the number of the first SIGINT or SIGTERM is put into; the second raises KeyboardInterrupt.
+
+    A signal that was ignored stays ignored. Outside the main thread, where Python takes no handlers, none is changed.
+    """
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        os.write(1, MESSAGE)  # print may be in the middle of a line
+
+    taken = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        taken = []
+    before = {number: signal.signal(number, receive) for number in taken}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
