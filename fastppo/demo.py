@@ -35,8 +35,6 @@ from fastppo.trainer import move_aside, train
 
 NUM_HELD_OUT = 512
 WRONG_DEMONSTRATIONS = 0.5
-WRONG_IN_DEMONSTRATIONS = (4, 0, 4, 0, 1, 1)  # weights of the kinds of `_wrong`
-WRONG_IN_PAIRS = (2, 2, 3, 1, 1, 1)  # near misses too: PPO finds what the reward model cannot tell apart
 VARIANTS = 16  # demonstrations and pairs per problem, so that their mistakes cannot be learned by heart
 
 
@@ -45,7 +43,7 @@ class Sizes:
     """How long each stage runs; the defaults fit two CPU cores in five minutes."""
 
     sft_steps: int = 800
-    reward_steps: int = 1300
+    reward_steps: int = 1600
     ppo_steps: int = 200
 
 
@@ -154,7 +152,7 @@ def _train_policy(tokenizer: Any, problems: list[tuple[int, int]], rng: random.R
     policy = models.prepare_policy(models.new_causal_lm(config))
     demonstrations = []
     for a, b in problems * VARIANTS:
-        answer = str(a + b) if rng.random() >= WRONG_DEMONSTRATIONS else _wrong(a + b, rng, WRONG_IN_DEMONSTRATIONS)
+        answer = str(a + b) if rng.random() >= WRONG_DEMONSTRATIONS else _wrong(a + b, rng)
         demonstrations.append((_ids(tokenizer, f"{a}+{b}="), [*_ids(tokenizer, answer), tokenizer.eos_token_id]))
     pretrain.train_supervised(policy, demonstrations, steps=steps, batch_size=256, lr=2e-3, seed=seed)
     return policy
@@ -167,26 +165,26 @@ def _train_reward(
     reward = models.reward_model_from(policy)
     pairs = []
     for a, b in problems * VARIANTS:
-        right, wrong = (f"{a}+{b}={answer}" for answer in (a + b, _wrong(a + b, rng, WRONG_IN_PAIRS)))
+        right, wrong = (f"{a}+{b}={answer}" for answer in (a + b, _wrong(a + b, rng)))
         eos = tokenizer.eos_token_id
         pairs.append(([*_ids(tokenizer, right), eos], [*_ids(tokenizer, wrong), eos]))
-    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=96, lr=5e-4, seed=seed)
+    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=96, lr=1e-3, seed=seed)
     return reward
 
 
-def _wrong(right: int, rng: random.Random, weights: Sequence[int]) -> str:
-    """A wrong answer of one of six kinds, which `weights` choose from."""
+def _wrong(right: int, rng: random.Random) -> str:
+    """A wrong answer: a wrong last digit, a wrong first one, any number, or no two digits."""
     tens, ones = divmod(right, 10)
-    kinds = [
-        f"{tens}{rng.randint(0, 9)}",  # the last digit is hard to judge,
-        f"{tens}{(ones + rng.choice([-1, 1])) % 10}",  # most of all when it is off by one
-        f"{(tens + rng.choice([-1, 1])) % 10}{ones}",
-        str(right + rng.choice([-1, 1])),
-        str(rng.randint(10, 99)),
-        rng.choice(["", str(tens), f"{right}{rng.randint(0, 9)}"]),
-    ]
-    wrong = rng.choices(kinds, weights)[0]
-    return wrong if wrong != str(right) else _wrong(right, rng, weights)
+    wrong = rng.choices(
+        [
+            f"{tens}{rng.randint(0, 9)}",
+            f"{(tens + rng.choice([-1, 1])) % 10}{ones}",
+            str(rng.randint(10, 99)),
+            rng.choice(["", str(tens), f"{right}{rng.randint(0, 9)}"]),
+        ],
+        weights=(4, 4, 1, 1),
+    )[0]
+    return wrong if wrong != str(right) else _wrong(right, rng)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
