@@ -1,22 +1,23 @@
 """Sums over the ranks of torch.distributed; without it, or with one rank, they change nothing."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while the first rank evaluates or writes a checkpoint
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Within the process group that torchrun describes, if it does and nobody joined it yet; left at the end."""
-    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    joins = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and not dist.is_initialized()
     if joins:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
@@ -63,13 +64,31 @@ def gather(value: Any) -> list[Any]:
     return out
 
 
+def from_first(call: Callable[[], T]) -> T:
+    """What `call` returns or raises on the first rank, on every rank."""
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = call()
+        except Exception as error:
+            outcome[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up gradients in place. Losses are divided by global counts, so the sum is the gradient of the whole batch."""
     if world_size() == 1:
         return
+    pending = []
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have had no row of it
-        dist.all_reduce(p.grad)
+        pending.append(dist.all_reduce(p.grad, async_op=True))
+    for work in pending:
+        work.wait()
 
 
 def reduce_stats(stats: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -246,9 +246,9 @@ class PPOEngine:
         metrics["objective/kl_coef"] = self.kl.coef
         if "objective/kl" in metrics:
             self.kl.update(metrics["objective/kl"], num_sequences)
-        if self.ppo.objective == "kl-penalty" and "policy/approxkl_last" in metrics:
+        if self.ppo.objective == "kl-penalty" and "policy/kl_last" in metrics:
             metrics["policy/old_kl_coef"] = self.penalty.coef
-            self.penalty.update(metrics["policy/approxkl_last"])
+            self.penalty.update(metrics["policy/kl_last"])
         for name, role in self._roles():
             metrics[f"{name}/lr"] = role.rate
             metrics[f"{name}/skipped_steps"] = float(role.skipped)

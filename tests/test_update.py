@@ -97,6 +97,7 @@ def test_target_kl_stops_the_update(roll_back: bool) -> None:
     metrics = step(made)
     step(single)
     assert metrics["policy/early_stop"] == 1.0 and metrics["policy/steps"] == 1.0
+    assert metrics["policy/kl_at_stop"] > 1e-4
     assert equal_weights(weights(made.policy), before if roll_back else weights(single.policy))
 
 
@@ -105,6 +106,16 @@ def test_roll_back_also_restores_the_optimizer() -> None:
     step(made)
     assert not any(made._policy.optimizer.state.values())
     assert all(p.grad is None or not p.grad.any() for p in made.policy.parameters())
+
+
+def test_the_critic_goes_on_where_the_policy_stops() -> None:
+    """It has its own weights, and returns that do not depend on how far the policy went."""
+    stopped = engine(ppo={"num_epochs": 3, "target_kl": 1e-4}, optimizer={"lr": 1e-2})
+    free = engine(ppo={"num_epochs": 3}, optimizer={"lr": 1e-2})
+    assert step(stopped)["policy/early_stop"] == 1.0
+    step(free)
+    assert equal_weights(weights(stopped.critic), weights(free.critic))
+    assert not equal_weights(weights(stopped.policy), weights(free.policy))
 
 
 def test_a_far_target_kl_never_stops() -> None:
