@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastppo import distributed
 from fastppo.checks import InputError, require
 
 CHECKSUMS, NUMBERS, TENSORS = "checksums.json", "state.json", "state.safetensors"
@@ -44,6 +45,10 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of state.safetensors one at a time, sorted by name, in host memory."""
+        require(
+            (self.path / TENSORS).is_file(),
+            f"rank {distributed.rank()} finds no {self.path / TENSORS}: every rank reads it",
+        )
         with safe_open(self.path / TENSORS, "pt") as file:
             for name in sorted(file.keys()):
                 yield name, file.get_tensor(name)
@@ -115,7 +120,12 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints of more than `step` iterations: the run goes on from there, and they are of another future."""
+    """Rename checkpoints of more than `step` iterations: the run goes on from there, and they are of another future.
+
+    What a killed process had half written is deleted.
+    """
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path)
     for path in _candidates(folder):
         if _claimed_step(path)[0] > step:
             path.rename(folder / f"{ABANDONED}{path.name.lstrip('.')}-{time.time_ns()}")
@@ -181,7 +191,12 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -30,7 +30,7 @@ NO_RUN_FILE = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one line on stderr and exit code 2, a reward that failed with exit code 1.
 
-    Ctrl-C while things are loaded ends with 130; after that it ends the run, saved, with 0.
+    Ctrl-C ends with 130, SIGTERM while a run trains with 0: the run is saved.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights

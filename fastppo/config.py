@@ -102,8 +102,8 @@ class PPOConfig:
     kl_horizon: int = 10000
     """Responses over which the adaptive controller corrects."""
     target_kl: float | None = None
-    """Stop the update before the step of a minibatch that is farther than this from the old policy (mean k3 per token).
-    What the last step does is seen in the next iteration."""
+    """Leave the policy alone for the rest of the update once a minibatch is farther than this from the old policy (mean
+    k3 per token, before its step); the critic goes on. What the last step does is seen in the next iteration."""
     roll_back: bool = False
     """When target_kl stops the update, also undo the step that went too far; keeps a copy of weights and Adam state."""
     aggregation: Aggregation = "token-mean"
@@ -204,9 +204,9 @@ class TrainConfig:
     """Held-out prompts that an evaluation uses, the first of the file."""
     eval_greedy: bool = False
     """Evaluate the most probable tokens; False: sample as in training. Either way every evaluation draws alike."""
-    save_every: int = 0
-    """Iterations between checkpoints; 0: only the final one."""
-    keep_last: int = 3
+    save_every: int = 50
+    """Iterations between checkpoints; 0: only the final one, and nothing survives what cannot be caught."""
+    keep_last: int = 2
     """Of the checkpoints that save_every makes, how many of the last stay on disk; 0: all."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written."""

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,9 @@ class JSONLLogger:
 
 
 class TensorBoardLogger:
-    def __init__(self, folder: Path) -> None:
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, kept: int) -> None:
+        module = importlib.import_module("torch.utils.tensorboard")
+        self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1 if kept else None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -51,7 +53,8 @@ class RunLogger:
 
     def __init__(self, module: str, folder: Path, config: Mapping[str, Any]) -> None:
         self.module = importlib.import_module(module)
-        self.module.init(project="fastppo", name=folder.name, config=dict(config))
+        one_run = {"id": _run_id(folder)} if module == "wandb" else {}  # trackio goes by the name
+        self.module.init(project="fastppo", name=folder.name, config=dict(config), resume="allow", **one_run)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.module.log(dict(metrics), step=step)
@@ -60,8 +63,17 @@ class RunLogger:
         self.module.finish()
 
 
+def _run_id(folder: Path) -> str:
+    """What Weights & Biases knows this run by, also when it goes on after a stop."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
 def require_loggers(loggers: Sequence[str]) -> None:
-    """
+    """Look for the packages of the loggers before anything is loaded.
+
     Raises:
         ValueError: a logger's package is not installed.
     """
@@ -72,16 +84,20 @@ def require_loggers(loggers: Sequence[str]) -> None:
 
 
 class Metrics:
-    """All loggers of a run as one; none at all without a folder (a rank that writes nothing)."""
+    """All loggers of a run as one; none at all without a folder (a rank that writes nothing).
 
-    def __init__(self, folder: Path | None, loggers: Sequence[str], config: Mapping[str, Any]) -> None:
+    `kept`: the iterations that were logged before, by a run that goes on.
+    """
+
+    def __init__(self, folder: Path | None, loggers: Sequence[str], config: Mapping[str, Any], kept: int = 0) -> None:
         self.loggers: list[Logger] = []
         if folder is None:
             return
         require_loggers(loggers)
         self.loggers.append(JSONLLogger(folder / "metrics.jsonl"))
         for name in loggers:
-            self.loggers.append(TensorBoardLogger(folder) if name == "tensorboard" else RunLogger(name, folder, config))
+            board = name == "tensorboard"
+            self.loggers.append(TensorBoardLogger(folder, kept) if board else RunLogger(name, folder, config))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for logger in self.loggers:

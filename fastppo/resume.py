@@ -10,7 +10,7 @@ import torch
 
 from fastppo import checkpoint, distributed
 from fastppo.checkpoint import Checkpoint
-from fastppo.checks import require
+from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.run import Run
 from fastppo.run_file import to_dict
@@ -28,26 +28,45 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
 }
 
 
-def find(config: RunConfig, resume: str) -> Checkpoint | None:
+def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
     """The checkpoint that `resume` names, or for "latest" the newest whole one of the run folder.
 
+    Looks without changing anything; for one process, the first rank.
+
     Returns:
-        None for "latest" in a folder that has none: the run starts from the beginning.
+        None without `resume`, and for "latest" in a folder that has none: the run starts from the beginning.
 
     Raises:
-        ValueError: the checkpoint is damaged, or the config means another run.
+        ValueError: the checkpoint is damaged, the config means another run, or the run folder holds another one.
     """
+    folder = Path(config.out)
+    if resume is None:
+        require_unused(folder)
+        return None
     if resume != LATEST:
         found, passed_over = checkpoint.read(Path(resume)), []
     else:
-        found, passed_over = checkpoint.newest(Path(config.out, "checkpoints"))
-    if distributed.rank() == 0:
-        for reason in passed_over:
-            print(f"resume: passed over: {reason}", flush=True)
-        print(f"resume: {_described(found, config)}", flush=True)
+        found, passed_over = checkpoint.newest(folder / "checkpoints")
+    for reason in passed_over:
+        print(f"resume: passed over: {reason}", flush=True)
+    print(f"resume: {_described(found, config)}", flush=True)
+    if resume != LATEST and folder.resolve() not in Path(resume).resolve().parents:
+        require_unused(folder)
+    elif (folder / "config.json").exists():
+        refuse_another_run(_config_of(folder), config, f"{str(folder)!r}")
     if found is not None:
-        _refuse_another_run(found.numbers["config"], config)
+        differ = refuse_another_run(found.numbers["config"], config, f"the checkpoint {str(found.path)!r}")
+        if portions := ", ".join(sorted(PORTION_KEYS.intersection(differ))):
+            print(f"resume: {portions} changed: not bit for bit", flush=True)
     return found
+
+
+def require_unused(folder: Path) -> None:
+    """A folder that holds a run is left alone; an empty metrics.jsonl is of one that failed at its start."""
+    metrics = folder / "metrics.jsonl"
+    used = (metrics.exists() and metrics.stat().st_size > 0) or any(folder.glob("checkpoints/*"))
+    ways = "go on with --resume, give another `out`, or delete the folder"
+    require(not used, f"{str(folder)!r} already holds a run (its metrics.jsonl or checkpoints): {ways}")
 
 
 def mark(run: Run, step: int) -> None:
@@ -93,21 +112,32 @@ def _described(found: Checkpoint | None, config: RunConfig) -> str:
     return f"going on after iteration {found.step} from {found.path}"
 
 
-def _refuse_another_run(before: dict[str, Any], config: RunConfig) -> None:
+def _config_of(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(folder / 'config.json')!r} is damaged ({error}): delete it to resume") from error
+
+
+def refuse_another_run(before: dict[str, Any], config: RunConfig, what: str) -> list[str]:
+    """The keys in which `before`, the config of `what`, differs from `config`.
+
+    Raises:
+        ValueError: one of them changes results.
+    """
     now, then = _flat(json.loads(json.dumps(to_dict(config)))), _flat(before)
     free = FREE_KEYS | PORTION_KEYS
     if config.policy_optimizer.schedule == config.critic_optimizer.schedule == "constant":
         free.add("train.total_steps")  # else it stretches the schedules
     differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     changed = [key for key in differ if key not in free]
-    if distributed.rank() == 0 and not PORTION_KEYS.isdisjoint(differ):
-        print(f"resume: {', '.join(sorted(PORTION_KEYS.intersection(differ)))} changed: not bit for bit", flush=True)
     shown = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     require(
         not changed,
-        f"the checkpoint is of another run: {shown}{more}. Set them back, or start a new run in another `out`",
+        f"{what} is of another run: {shown}{more}. Set them back, or start a new run in another `out`",
     )
+    return differ
 
 
 def _flat(tables: Any, where: str = "") -> dict[str, Any]:
@@ -124,4 +154,5 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

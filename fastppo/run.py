@@ -46,16 +46,11 @@ class Run:
             self.lock.close()
 
 
-def build(config: RunConfig, *, kept: int | None = None) -> Run:
-    """Load prompts, models and rewards, and open the run folder.
-
-    `kept`: the folder may hold a run, whose rows until this iteration stay; -1: none do. None: it must hold no run.
-    """
+def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> Run:
+    """Load prompts, models and rewards, then take over the run folder, as iteration `kept` left it."""
     _seed(config.seed)
     _check_ranks(config)
     folder = Path(config.out)
-    if distributed.rank() == 0 and kept is None:
-        _check_folder(folder)
     require_loggers(config.train.loggers)
     device = _device(config.device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
@@ -76,7 +71,7 @@ def build(config: RunConfig, *, kept: int | None = None) -> Run:
         "the folder must hold the tokenizer that the model was trained with",
     )
     _check_lengths(source.prompts, held_out, policy, config)
-    rewards = load_rewards(config.rewards, tokenizer, device)
+    rewards = load_rewards(config.rewards, tokenizer, device, config.data)
     engine = PPOEngine(
         policy,
         critic=_critic(config, policy, rewards, device) if config.ppo.advantage == "gae" else None,
@@ -89,14 +84,13 @@ def build(config: RunConfig, *, kept: int | None = None) -> Run:
         total_steps=config.train.total_steps,
         seed=config.seed + 100003 * distributed.rank(),  # ranks sample differently (N+ details)
     )
-    _seed(config.seed)  # again: how much loading drew must not matter to what rewards draw
-    lock = _open_folder(folder)
+    _seed(config.seed + distributed.rank())  # again: how much loading drew must not matter to what rewards draw
     if distributed.rank() == 0:
-        if kept is not None:
-            rewind(folder, kept)
-            checkpoint.set_aside(folder / "checkpoints", kept)
+        folder.mkdir(parents=True, exist_ok=True)
+        rewind(folder, kept)
+        checkpoint.set_aside(folder / "checkpoints", kept)
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config))
+    metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config), kept)
     return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, lock)
 
 
@@ -118,31 +112,24 @@ def _check_ranks(config: RunConfig) -> None:
     )
 
 
-def _check_folder(folder: Path) -> None:
-    """A folder that holds a run is left alone; an empty metrics.jsonl is of one that failed at its start."""
-    metrics = folder / "metrics.jsonl"
-    used = (metrics.exists() and metrics.stat().st_size > 0) or any(folder.glob("checkpoints/*"))
-    ways = "go on with --resume, give another `out`, or delete the folder"
-    require(not used, f"{str(folder)!r} already holds a run (its metrics.jsonl or checkpoints): {ways}")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(
-        there.is_dir() and os.access(there, os.W_OK),
-        f"cannot make the run folder {str(folder)!r}: {str(there)!r} is no folder that can be written to",
-    )
+def open_folder(folder: Path) -> IO[str] | None:
+    """Make the run folder and lock it, on the rank that writes; returns the lock, held until it is closed.
 
-
-def _open_folder(folder: Path) -> IO[str] | None:
-    """Make the run folder and lock it, on the rank that writes; returns the lock."""
+    Raises:
+        ValueError: it cannot be written to or locked, or another process has it.
+    """
     if distributed.rank() != 0:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("a")
     except OSError as error:
         raise InputError(f"cannot write to the run folder {str(folder)!r}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends, however
-    except BlockingIOError as error:
+        if not os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat()):
+            raise BlockingIOError  # `leave_folder` of another process removed it in between
+    except (BlockingIOError, FileNotFoundError) as error:
         lock.close()
         raise InputError(f"another process trains in {str(folder)!r}: wait for it, or give another `out`") from error
     except OSError as error:
@@ -151,6 +138,23 @@ def _open_folder(folder: Path) -> IO[str] | None:
             f"cannot lock the run folder {str(folder)!r} ({error.strerror}): give an `out` on a file system with flock"
         ) from error
     return lock
+
+
+def leave_folder(folder: Path, lock: IO[str]) -> None:
+    """Unlock; a folder in which nothing was written is removed."""
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+    lock.close()
+
+
+def move_aside(folder: Path) -> None:
+    """Keep what is there under another name, unless a process trains in it (a ValueError)."""
+    if folder.exists():
+        lock = open_folder(folder)
+        folder.rename(folder.with_name(f"{folder.name}.old-{folder.stat().st_mtime_ns}"))
+        if lock is not None:
+            lock.close()
 
 
 def _device(name: str) -> torch.device:

@@ -3,11 +3,19 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 MESSAGE = b"\nstopping when this iteration is done; once more to stop now\n"
+
+
+def stop(signals: Collection[int]) -> None:
+    """End the process as it was asked to, if it was: with 0 after SIGTERM, as after Ctrl-C else."""
+    if signal.SIGTERM in signals:
+        raise SystemExit(0)
+    if signals:
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fastppo import checkpoint, distributed
 from fastppo.batch import Rollout
 from fastppo.config import RunConfig
@@ -14,8 +16,8 @@ from fastppo.metrics import PhaseTimer
 from fastppo.report import progress
 from fastppo.resume import find, mark, restore
 from fastppo.rewards import Scores, to_samples
-from fastppo.run import Run, build
-from fastppo.stop import stop_requests
+from fastppo.run import Run, build, leave_folder, open_folder
+from fastppo.stop import stop, stop_requests
 
 
 def train(config: RunConfig, *, resume: str | None = None) -> Path:
@@ -24,10 +26,11 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
     `resume`: a checkpoint folder to go on from, or "latest" for the newest whole one of the run folder, if it has one;
     the run then ends as if it had never stopped.
 
-    Ctrl-C or SIGTERM: the run saves `checkpoints/interrupted` after this iteration and returns; a second stops at once.
-    Any other failure saves too and is raised. What stops inside an update leaves weights between two iterations, from
-    which no run can go on: they are saved as `checkpoints/interrupted-weights`, and `interrupted` stays as it was.
-    Before the end of the first iteration there is nothing to save. Of several ranks the first one writes everything.
+    Ctrl-C or SIGTERM: the run saves `checkpoints/interrupted` after this iteration and raises KeyboardInterrupt, or
+    SystemExit(0) after SIGTERM; a second one stops at once. Any other failure saves too and is raised. What stops
+    inside an update leaves weights between two iterations, from which no run can go on: they are saved as
+    `checkpoints/interrupted-weights`, and `interrupted` stays as it was. Before the end of the first iteration there is
+    nothing to save. Of several ranks the first one writes everything.
 
     Raises:
         ValueError: the config names something that is missing or damaged, or the run folder already holds a run.
@@ -37,7 +40,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
         stack.enter_context(distributed.joined())
         run = start(config, resume)
         stack.enter_context(_saved_on_failure(run))
-        stop = stack.enter_context(stop_requests())
+        signals = stack.enter_context(stop_requests())
         show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
         for step in range(run.step + 1, config.train.total_steps + 1):
             if (step - 1) % config.train.eval_every == 0:
@@ -59,8 +62,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
             show(stats)
             if config.train.save_every and step % config.train.save_every == 0:
                 save(run, f"step-{step:06d}")
-            if any(distributed.gather(bool(stop))):
-                raise KeyboardInterrupt
+            stop([number for received in distributed.gather(signals) for number in received])
         show.phase("evaluation")
         evaluate(run, config.train.total_steps)
         save(run, "final")
@@ -69,13 +71,14 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
 
 def start(config: RunConfig, resume: str | None) -> Run:
     """A run at its beginning, or where its checkpoint left it."""
-    found = None if resume is None else find(config, resume)
-    run = build(config, kept=None if resume is None else -1 if found is None else found.step)
-    try:
+    with ExitStack() as on_failure:
+        if (lock := open_folder(Path(config.out))) is not None:
+            on_failure.callback(leave_folder, Path(config.out), lock)
+        found = distributed.from_first(lambda: find(config, resume))
+        run = build(config, lock, kept=0 if found is None else found.step)
+        on_failure.callback(run.close)
         mark(run, 0) if found is None else restore(run, found)
-    except BaseException:
-        run.close()
-        raise
+        on_failure.pop_all()
     return run
 
 
@@ -108,7 +111,8 @@ def write_samples(run: Run, step: int, rollout: Rollout, scores: Scores) -> None
 def log(run: Run, step: int, stats: dict[str, float], rollout: Rollout, timer: PhaseTimer) -> None:
     """One line of metrics per iteration."""
     stats |= timer.seconds
-    stats["perf/tokens_per_second"] = len(rollout.input_ids) / timer.total()
+    tokens = distributed.sum_over_ranks(torch.tensor(len(rollout.input_ids)))
+    stats["perf/tokens_per_second"] = float(tokens) / timer.total()
     stats["episode"] = float(step * len(rollout) * distributed.world_size())
     run.metrics.log(stats, step)
 
@@ -122,21 +126,13 @@ def save(run: Run, name: str) -> Path:
     return folder
 
 
-def move_aside(folder: Path) -> None:
-    """Keep what is there under another name."""
-    if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.old-{folder.stat().st_mtime_ns}"))
-
-
 @contextmanager
 def _saved_on_failure(run: Run) -> Iterator[None]:
     """Whatever ends the run, the weights trained so far are on disk afterwards."""
     try:
         yield
-    except KeyboardInterrupt:
-        _save_interrupted(run, "interrupted")
-    except Exception:
-        _save_interrupted(run, "failed")
+    except BaseException as error:
+        _save_interrupted(run, "failed" if isinstance(error, Exception) else "interrupted")
         raise
     finally:
         run.close()
@@ -148,7 +144,10 @@ def _save_interrupted(run: Run, why: str) -> None:
         name, way = ("interrupted", "--resume goes on from it")
         if run.boundary is None:
             name, way = "interrupted-weights", "weights alone; --resume goes on from the newest other checkpoint"
-        print(f"{why} after {run.step} iterations: saved {save(run, name)} ({way})", flush=True)
+        try:
+            print(f"{why} after {run.step} iterations: saved {save(run, name)} ({way})", flush=True)
+        except OSError as error:  # what ended the run matters more
+            print(f"{why} after {run.step} iterations; could not save {name}: {error}", flush=True)
     elif _writes():
         print(f"{why} before the end of the first iteration: nothing was trained, so nothing is saved", flush=True)
 

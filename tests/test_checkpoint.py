@@ -20,7 +20,7 @@ import runs
 from fastppo import PPOEngine, RewardError, checkpoint, train
 from fastppo.metrics import rewind
 from fastppo.resume import LATEST
-from fastppo.run import build
+from fastppo.run import move_aside, open_folder
 
 STEPS = 6
 NOISY = [{"kind": "function", "target": "runs:noisy"}]
@@ -245,10 +245,29 @@ def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    first = build(config(tmp_path))
+    folder = tmp_path / "run"
+    lock = open_folder(folder)
+    assert lock is not None
     with pytest.raises(ValueError, match="another process trains in"):
-        build(config(tmp_path))
-    first.close()
+        train(config(tmp_path))
+    with pytest.raises(ValueError, match="another process trains in"):
+        move_aside(folder)
+    lock.close()
+    move_aside(folder)
+    assert not folder.exists()
+
+
+def test_resume_takes_over_no_folder_of_another_run(tmp_path: Path) -> None:
+    """Neither one that died before its first checkpoint, nor one that `--resume DIR` does not name."""
+    one = train(config(tmp_path, train={"save_every": 2}))
+    other = train(config(tmp_path, out=str(tmp_path / "other"), seed=7))
+    shutil.rmtree(other / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    with pytest.raises(ValueError, match=r"other' is of another run: seed was 7, is 1\."):
+        train(config(tmp_path, out=str(other)), resume=LATEST)
+    with pytest.raises(ValueError, match="other' already holds a run"):
+        train(config(tmp_path, out=str(other)), resume=str(one / "checkpoints" / "step-000002"))
+    assert {path: path.stat().st_mtime_ns for path in other.rglob("*")} == before
 
 
 def test_rows_after_the_checkpoint_are_moved_not_lost(tmp_path: Path) -> None:

@@ -159,10 +159,7 @@ def test_values_are_refused_in_the_words_of_the_file(changes: Any, tmp_path: Pat
         ({"policy": {"pth": "x"}}, "unknown key 'policy.pth'; did you mean 'policy.path'?"),
         ({"data": {"prompts": "nowhere.jsonl"}}, "cannot read the prompts at 'nowhere.jsonl'"),
         ({"rewards": [{"kind": "function", "target": "runs:nothing"}]}, "cannot import 'runs:nothing'"),
-        (
-            {"out": __file__},
-            f"cannot make the run folder {__file__!r}: {__file__!r} is no folder that can be written to",
-        ),
+        ({"out": __file__}, f"cannot write to the run folder {__file__!r}: File exists"),
         ({"rollout": {"max_new_tokens": 126}}, "make 130 tokens, more than the model's context of 128"),
     ],
 )

@@ -170,7 +170,8 @@ def test_ctrl_c_before_the_first_update_saves_nothing_and_says_so(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PPOEngine, "update", interrupted)
-    assert train(runs.config(tmp_path)) == tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(runs.config(tmp_path))
     assert capsys.readouterr().out == f"interrupted {NOTHING_SAVED}"
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -210,8 +211,10 @@ def start(path: str, *args: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGINT, (130, "fastppo: interrupted\n")), (signal.SIGTERM, (0, ""))]
+)
+def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, ends: Any, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would inherit that it is ignored
     process = start(runs.run_file(tmp_path), "--train.total-steps", "100000")
     signal.signal(signal.SIGINT, before)
@@ -220,7 +223,7 @@ def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, 
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err) == ends
     assert f"iterations: saved {tmp_path / 'run' / 'checkpoints' / 'interrupted'}" in out
     steps = [row["step"] for row in iterations(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 1
