@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastppo import distributed
 from fastppo.batch import Prompts
 from fastppo.checks import InputError, require
 from fastppo.config import DataConfig
 from fastppo.endpoints import import_function
 
 Record = Mapping[str, Any]
+Messages = list[Mapping[str, str]]
 
 
 def load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
@@ -52,29 +54,37 @@ def load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizer
         ids.append(tokens)
         kept.append(record)
     require(len(ids) > 0, f"all {skipped} prompts of {source!r} are over data.max_prompt_tokens; raise it")
-    if skipped:
+    if skipped and distributed.rank() == 0:
         print(f"data: left out {skipped} of {len(records)} prompts over {config.max_prompt_tokens} tokens")
     return Prompts(token_ids=tuple(ids), records=tuple(kept))
 
 
 def to_ids(prompt: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids of one prompt: ids are taken as they are, messages go through the chat template, text is encoded."""
-    if isinstance(prompt, str):
-        text = config.template.replace("{prompt}", prompt)
-        if not config.chat:
-            return tuple(tokenizer(text).input_ids)
-        prompt = [{"role": "user", "content": text}]
+    if isinstance(prompt, str) and not config.chat:
+        return tuple(tokenizer(config.template.replace("{prompt}", prompt)).input_ids)
+    prompt = to_messages(prompt, config) or prompt
     require(isinstance(prompt, list | tuple), f"a prompt is text, token ids or messages, got {prompt!r}")
     if all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
         bad = [x for x in prompt if not 0 <= x < len(tokenizer)]
         require(not bad, f"token ids must be in [0, {len(tokenizer)}), the tokenizer's vocabulary, got {bad[:3]}")
         return tuple(prompt)
-    messages = all(isinstance(m, Mapping) and "role" in m for m in prompt)
-    require(messages, f"a prompt is text, token ids or messages with role and content, got {prompt!r:.200}")
+    require(
+        to_messages(prompt, config) is not None,
+        f"a prompt is text, token ids or messages with role and content, got {prompt!r:.200}",
+    )
     require(tokenizer.chat_template is not None, "the tokenizer has no chat template: give text or token ids")
     rendered = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
     assert isinstance(rendered, str)
     return tuple(tokenizer(rendered, add_special_tokens=False).input_ids)  # the template wrote the special tokens
+
+
+def to_messages(prompt: Any, config: DataConfig) -> Messages | None:
+    """The chat messages of a prompt: those it is made of, or with `data.chat` its text as the user's; else None."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": config.template.replace("{prompt}", prompt)}] if config.chat else None
+    several = isinstance(prompt, list | tuple) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+    return list(prompt) if several else None
 
 
 class PromptSource:
@@ -100,8 +110,11 @@ class PromptSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all token ids: whether a resumed run still has the same prompts."""
-        return hashlib.sha256(json.dumps(self.prompts.token_ids).encode()).hexdigest()
+        """SHA-256 of all token ids and records: whether a resumed run still has the same prompts and answers."""
+        digest = hashlib.sha256()
+        for ids, record in zip(self.prompts.token_ids, self.prompts.records, strict=True):
+            digest.update(json.dumps([ids, record], sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
 
     def _at(self, place: int) -> int:
         """Index of the prompt at `place` of the endless sequence; a batch may reach into the next pass."""

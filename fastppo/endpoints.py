@@ -11,10 +11,13 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
+from urllib.error import HTTPError
 
 from fastppo.batch import Sample
 from fastppo.checks import InputError, require
 from fastppo.protocols import SampleScores
+
+BUSY = (408, 425, 429)  # HTTP 4xx that may pass
 
 
 class RewardError(RuntimeError):
@@ -88,7 +91,8 @@ class HTTPReward:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     return _scores_of(response.read())
             except (OSError, ValueError, http.client.HTTPException) as error:  # unreachable, slow, or no scores
-                if attempt == self.retries:
+                refused = isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in BUSY
+                if refused or attempt == self.retries:
                     raise RewardError(
                         f"reward {self.name!r}: {self.url} failed {attempt + 1} times; the last time: {error}"
                     ) from error

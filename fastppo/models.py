@@ -33,6 +33,10 @@ from fastppo.microbatch import MicroBatch
 from fastppo_kernels import linear
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # what `attention.py` computes
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
 HEADS = ("score", "classifier")  # names that transformers gives a classification head
 
 
@@ -126,7 +130,10 @@ def critic_from(
     head = _zero(value_head(critic).float())
     if label is not None:
         with torch.no_grad():
-            head.weight.copy_(value_head(model).weight[label])
+            source = value_head(model)
+            head.weight.copy_(source.weight[label])
+            if head.bias is not None and source.bias is not None:
+                head.bias.copy_(source.bias[label])
     return _prepare(critic, gradient_checkpointing)
 
 
@@ -150,7 +157,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def has_tokenizer(path: str) -> bool:
     """Whether a checkpoint brings its own tokenizer (a hub name is assumed to)."""
     folder = Path(path)
-    return not folder.is_dir() or any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
@@ -294,7 +301,8 @@ def _prepare(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrained
             module.padding_idx = None  # there is no padding: a pad token that is also EOS learns like any other
         if type(module) is nn.Linear and not torch.cuda.is_available():
             module.__class__ = Linear
-    return _without_dropout(model).train()  # checkpointing is only active in train mode; there is no dropout
+    _check_packing(_without_dropout(model))
+    return model.train()  # checkpointing is only active in train mode; there is no dropout
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -313,12 +321,32 @@ def _dropout_keys(config: Any) -> list[str]:
     return [k for k, v in vars(config).items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float)]
 
 
+def _packed(model: PreTrainedModel, *sequences: range) -> MicroBatch:
+    """Sequences of token ids, for a forward pass."""
+    lengths = [len(ids) for ids in sequences]
+    ids = torch.tensor([i for ids in sequences for i in ids], device=model.device)
+    position_ids = torch.cat([torch.arange(n, device=model.device) for n in lengths])
+    return MicroBatch(ids, position_ids, plan(lengths, model.device), ids, ids, ids, ids)
+
+
+@torch.no_grad()
+def _check_packing(model: PreTrainedModel) -> None:
+    """A token whose hidden state hears of the sequence before its own would be trained on noise, without a word."""
+    size = model.config.get_text_config().vocab_size
+    before, after = range(min(6, size)), range(max(0, size - 6), size)
+    together = hidden_states(model, _packed(model, before, after))[len(before) :].float()
+    alone = hidden_states(model, _packed(model, after)).float()
+    tolerance = (1e-3 if model.dtype == torch.float32 else 0.1) * (1 + alone.abs().max())
+    gap = (together - alone).abs().max()
+    require(bool(gap <= tolerance), f"{type(model).__name__} does not keep packed sequences apart (gap {gap:.3g})")
+
+
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
     """Some architectures scale logits in ways of their own; to train on other logits than the model's is an error."""
     head = lm_head(model)
-    ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)
-    batch = MicroBatch(ids, torch.arange(len(ids), device=ids.device), plan([len(ids)], ids.device), ids, ids, ids, ids)
+    batch = _packed(model, range(min(8, head.weight.shape[0])))
+    ids = batch.input_ids
     ours = nn.functional.linear(hidden_states(model, batch), head.weight, head.bias).float()
     ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
     with dense_attention(model):

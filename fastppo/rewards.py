@@ -4,7 +4,7 @@ Each reward maps samples to numbers; `WeightedRewards` checks them, adds them up
 score that is not a finite number is an error that names the sample: nothing is replaced in silence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from fastppo import models
 from fastppo.aggregate import sequence_sums
 from fastppo.batch import Rollout, Sample, cumulative
 from fastppo.checks import require
-from fastppo.config import RewardConfig
+from fastppo.config import DataConfig, RewardConfig
+from fastppo.data import Messages, to_messages
 from fastppo.endpoints import FunctionReward, HTTPReward, RewardError
 from fastppo.microbatch import microbatches
 from fastppo.protocols import Reward
@@ -42,14 +43,17 @@ class Scores:
 class RewardModel:
     """A sequence classifier. Reads token ids when it shares the policy's tokenizer, else the text with its own.
 
-    The text is prompt and response as decoded, special tokens left out, and the classifier's own end-of-sequence token
-    where the response ended by itself.
+    The text of a chat prompt is what the classifier's own chat template makes of it, if it has one. Else it is prompt
+    and response as decoded, special tokens left out, and the classifier's own end-of-sequence token where the response
+    ended by itself.
 
     Args:
         model: from `fastppo.models.load_reward_model`.
         tokenizer: the reward model's own; None when it shares the policy's vocabulary.
         label: which logit is the score.
         batch_size: samples per forward.
+        max_tokens: of samples packed into one forward; one that is longer goes alone.
+        messages_of: the chat messages of a record, or None where its prompt is text.
     """
 
     def __init__(
@@ -60,12 +64,15 @@ class RewardModel:
         label: int = 0,
         batch_size: int = 64,
         name: str = "reward_model",
+        max_tokens: int = 1 << 14,
+        messages_of: Callable[[Mapping[str, Any]], Messages | None] = lambda record: None,
     ) -> None:
         require(
             0 <= label < (count := int(model.config.num_labels or 0)),
             f"label must be in [0, {count}), the labels of the reward model, got {label}",
         )
         self.model, self.tokenizer, self.label, self.batch_size, self.name = model, tokenizer, label, batch_size, name
+        self.max_tokens, self.messages_of = max_tokens, messages_of
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
@@ -77,6 +84,12 @@ class RewardModel:
     def _ids(self, sample: Sample) -> list[int]:
         if self.tokenizer is None:
             return [*sample.prompt_ids, *sample.response_ids]
+        messages = self.messages_of(sample.record)
+        if messages is not None and self.tokenizer.chat_template is not None:
+            whole = [*messages, {"role": "assistant", "content": sample.response}]
+            cut = sample.finish_reason == "length"
+            text: Any = self.tokenizer.apply_chat_template(whole, tokenize=False, continue_final_message=cut)
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
         ids: list[Any] = list(self.tokenizer(sample.prompt + sample.response).input_ids)
         eos: Any = self.tokenizer.eos_token_id  # the end of the answer is part of what is judged
         return [*ids, eos] if sample.finish_reason == "stop" and eos is not None and ids[-1:] != [eos] else ids
@@ -87,7 +100,11 @@ class RewardModel:
             raise RewardError(f"reward {self.name!r} reads {context} tokens, but a sample has {longest} of its tokens")
         if models.is_decoder(self.model):
             rollout = Rollout.pack(ids, [[] for _ in ids], device=self.model.device)
-            return [float(x) for batch in microbatches(rollout, 1 << 62) for x in self._last_token_scores(batch)]
+            return [
+                float(x)
+                for batch in microbatches(rollout, max(longest, self.max_tokens))
+                for x in self._last_token_scores(batch)
+            ]
         width = max(len(row) for row in ids)
         padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.model.device)
@@ -144,10 +161,13 @@ class WeightedRewards:
 
 
 def load_rewards(
-    configs: Sequence[RewardConfig], policy_tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+    configs: Sequence[RewardConfig],
+    policy_tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    data: DataConfig | None = None,
 ) -> WeightedRewards:
-    """Build what a run file's [[rewards]] tables describe."""
-    rewards = [_load(c, policy_tokenizer, device) for c in configs]
+    """Build what a run file's [[rewards]] tables describe; `data`: which prompts are chats."""
+    rewards = [_load(c, policy_tokenizer, device, data) for c in configs]
     return WeightedRewards(rewards, weights=[c.weight for c in configs], tokenizer=policy_tokenizer)
 
 
@@ -181,7 +201,12 @@ def check_scores(scores: Any, rollout: Rollout, name: str) -> tuple[Tensor, Tens
     return torch.tensor([float(sum(s)) for s in scores]), _token_scores(scores, rollout, name)
 
 
-def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> Reward:
+def _load(
+    config: RewardConfig,
+    policy_tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    data: DataConfig | None,
+) -> Reward:
     name = config.log_name
     if config.kind == "function":
         return FunctionReward(config.target, name=name, timeout_s=config.timeout_s)
@@ -196,7 +221,10 @@ def _load(config: RewardConfig, policy_tokenizer: PreTrainedTokenizerBase | None
     model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code)
     model = models.to_device(model, device)
     tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)
-    return RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
+    made = RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
+    if data is not None:
+        made.messages_of = lambda record: to_messages(record[data.field], data)
+    return made
 
 
 def _own_tokenizer(

@@ -218,3 +218,11 @@ def test_end_tokens_are_those_of_generation_config_model_and_tokenizer() -> None
 def test_layers_that_would_mix_packed_sequences_are_refused(config: Any, kinds: str) -> None:
     with pytest.raises(ValueError, match=rf"layers \({kinds}\) other than .* would leak"):
         models.prepare_policy(models.new_causal_lm(config))
+
+
+def test_a_model_whose_packed_sequences_hear_each_other_is_refused() -> None:
+    """Whatever its config says of its layers."""
+    raw = tiny.raw_lm()
+    raw.model.layers[0].register_forward_hook(lambda module, args, out: out + out.cumsum(1))
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not keep packed sequences apart"):
+        models.prepare_policy(raw)

@@ -20,6 +20,7 @@ from batches import (
     trajectories,
 )
 from fastppo import RewardConfig, RewardModel, Rollout, WeightedRewards, models
+from fastppo.config import DataConfig
 from fastppo.rewards import load_rewards, to_samples
 from texts import word_tokenizer
 
@@ -137,6 +138,30 @@ def test_reward_model_with_another_tokenizer_reads_the_text(tmp_path: Path) -> N
     with torch.no_grad():
         expected = [float(raw.eval()(input_ids=torch.tensor([[index(w) for w in t]])).logits[0, 0]) for t in texts]
     assert made.sequences.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("reason", "end"), [("stop", ["<eos>"]), ("length", [])])
+def test_reward_model_reads_a_chat_in_its_own_template(reason: Any, end: list[str], tmp_path: Path) -> None:
+    """And a cut answer as one that goes on."""
+    torch.manual_seed(1)
+    raw = AutoModelForSequenceClassification.from_config(llama(len(REWARD_WORDS)))
+    tokenizer = word_tokenizer(REWARD_WORDS)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'the ' if m.role == 'user' else 'a ' }}{{ m.content }}"
+        "{{ ' ' if m.role == 'user' else ' <eos>' }}{% endfor %}"
+    )
+    raw.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config, data = RewardConfig(kind="model", target=str(tmp_path)), DataConfig(prompts="", chat=True)
+    policy: Any = Spaced()
+    rewards = load_rewards([config], policy, torch.device("cpu"), data)
+    answer = policy("good").input_ids
+    made = rewards(Rollout.pack([[3, 4]], [answer], finish_reasons=[reason], records=[{"prompt": "cat"}]))
+    words = ["the", "cat", "a", "good", *end]
+    raw.config.pad_token_id = 1
+    with torch.no_grad():
+        expected = raw.eval()(input_ids=torch.tensor([[REWARD_WORDS.index(w) for w in words]])).logits[0, 0]
+    assert made.sequences.tolist() == pytest.approx([float(expected)], abs=1e-6)
 
 
 def test_reward_model_with_the_same_tokenizer_reads_the_ids(tmp_path: Path) -> None:

@@ -257,6 +257,14 @@ def test_wrong_scores_of_an_endpoint_are_not_asked_for_again(reply: Any, fragmen
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(("status", "asked"), [(400, 1), (429, 2), (503, 2)])
+def test_a_request_that_was_refused_is_not_sent_again(status: int, asked: int, serve: Any) -> None:
+    server = serve(status)
+    with pytest.raises(RewardError, match=f"HTTP Error {status}"):
+        WeightedRewards([HTTPReward(server.url, retries=1)])(ROLLOUT)
+    assert len(server.requests) == asked
+
+
 def test_a_record_that_is_no_json_cannot_be_sent(serve: Any) -> None:
     server = serve(by_answer)
     rollout = Rollout.pack([[1]], [[2]], records=[{"answer": object()}])
