@@ -146,10 +146,10 @@ def train_reward_model(policy: Any, tokenizer: Any, reviews: Sequence[Review], s
     """Praise is preferred to blame, whatever the film."""
     reward = models.reward_model_from(policy)
     good, bad = (encode(tokenizer, [text for text, label in reviews if label == side]) for side in (1, 0))
-    pairs = list(zip(good, bad, strict=False))
+    comparisons = [(praise, [blame]) for praise, blame in zip(good, bad, strict=False)]
     random.Random(seed).shuffle(bad)
-    pairs += list(zip(good, bad, strict=False))
-    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=32, lr=5e-4, seed=seed)
+    comparisons += [(praise, [blame]) for praise, blame in zip(good, bad, strict=False)]
+    pretrain.train_reward_model(reward, comparisons, steps=steps, batch_size=32, lr=5e-4, seed=seed)
     return reward
 
 

@@ -1,7 +1,7 @@
 """`fastppo demo`: four real models on one machine in minutes, nothing downloaded.
 
 Two-digit sums written as text. A small transformer learns from demonstrations half of which are wrong, a reward model
-learns from pairs of a right and a wrong answer, and PPO turns the one into what the other prefers. Held-out sums judge.
+learns to tell right answers from wrong ones, and PPO turns the one into what the other prefers. Held-out sums judge.
 """
 
 import json
@@ -31,11 +31,15 @@ from fastppo.config import (
     TrainConfig,
 )
 from fastppo.report import table
-from fastppo.trainer import move_aside, train
+from fastppo.run import move_aside
+from fastppo.trainer import train
 
 NUM_HELD_OUT = 512
 WRONG_DEMONSTRATIONS = 0.5
-VARIANTS = 16  # demonstrations and pairs per problem, so that their mistakes cannot be learned by heart
+WRONG_IN_DEMONSTRATIONS = (4, 0, 4, 0, 1, 1)  # weights of the kinds of `_wrong`
+WRONG_IN_COMPARISONS = (2, 2, 3, 1, 1, 1)  # near misses too: PPO finds what the reward model cannot tell apart
+WRONG_PER_RIGHT = 3
+VARIANTS = 16  # demonstrations and comparisons per problem, so that their mistakes cannot be learned by heart
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 1, sizes: Sizes | None = 
     announce(f"demonstrations: a policy learns from answers of which {WRONG_DEMONSTRATIONS:.0%} are wrong")
     policy = _train_policy(tokenizer, training, rng, sizes.sft_steps, seed)
     models.save(policy, out / "sft", tokenizer)
-    announce("reward model: it learns from pairs of a right and a wrong answer")
+    announce("reward model: it learns to tell a right answer from wrong ones")
     reward = _train_reward(policy, tokenizer, training, rng, sizes.reward_steps, seed)
     models.save(reward, out / "reward", tokenizer)
     announce(f"PPO: {sizes.ppo_steps} iterations, evaluated on the held-out sums")
@@ -152,7 +156,7 @@ def _train_policy(tokenizer: Any, problems: list[tuple[int, int]], rng: random.R
     policy = models.prepare_policy(models.new_causal_lm(config))
     demonstrations = []
     for a, b in problems * VARIANTS:
-        answer = str(a + b) if rng.random() >= WRONG_DEMONSTRATIONS else _wrong(a + b, rng)
+        answer = str(a + b) if rng.random() >= WRONG_DEMONSTRATIONS else _wrong(a + b, rng, WRONG_IN_DEMONSTRATIONS)
         demonstrations.append((_ids(tokenizer, f"{a}+{b}="), [*_ids(tokenizer, answer), tokenizer.eos_token_id]))
     pretrain.train_supervised(policy, demonstrations, steps=steps, batch_size=256, lr=2e-3, seed=seed)
     return policy
@@ -161,30 +165,33 @@ def _train_policy(tokenizer: Any, problems: list[tuple[int, int]], rng: random.R
 def _train_reward(
     policy: Any, tokenizer: Any, problems: list[tuple[int, int]], rng: random.Random, steps: int, seed: int
 ) -> Any:
-    """Starts from the policy's body, which can already add; learns which of two answers is right."""
+    """Starts from the policy's body, which can already add; learns which answers are wrong."""
     reward = models.reward_model_from(policy)
-    pairs = []
+
+    def ids(a: int, b: int, answer: str) -> list[int]:
+        return [*_ids(tokenizer, f"{a}+{b}={answer}"), tokenizer.eos_token_id]
+
+    comparisons = []
     for a, b in problems * VARIANTS:
-        right, wrong = (f"{a}+{b}={answer}" for answer in (a + b, _wrong(a + b, rng)))
-        eos = tokenizer.eos_token_id
-        pairs.append(([*_ids(tokenizer, right), eos], [*_ids(tokenizer, wrong), eos]))
-    pretrain.train_reward_model(reward, pairs, steps=steps, batch_size=96, lr=1e-3, seed=seed)
+        wrong = [_wrong(a + b, rng, WRONG_IN_COMPARISONS) for _ in range(WRONG_PER_RIGHT)]
+        comparisons.append((ids(a, b, str(a + b)), [ids(a, b, answer) for answer in wrong]))
+    pretrain.train_reward_model(reward, comparisons, steps=steps, batch_size=48, lr=5e-4, seed=seed)
     return reward
 
 
-def _wrong(right: int, rng: random.Random) -> str:
-    """A wrong answer: a wrong last digit, a wrong first one, any number, or no two digits."""
+def _wrong(right: int, rng: random.Random, weights: Sequence[int]) -> str:
+    """A wrong answer of one of six kinds, which `weights` choose from."""
     tens, ones = divmod(right, 10)
-    wrong = rng.choices(
-        [
-            f"{tens}{rng.randint(0, 9)}",
-            f"{(tens + rng.choice([-1, 1])) % 10}{ones}",
-            str(rng.randint(10, 99)),
-            rng.choice(["", str(tens), f"{right}{rng.randint(0, 9)}"]),
-        ],
-        weights=(4, 4, 1, 1),
-    )[0]
-    return wrong if wrong != str(right) else _wrong(right, rng)
+    kinds = [
+        f"{tens}{rng.randint(0, 9)}",  # the last digit is hard to judge,
+        f"{tens}{(ones + rng.choice([-1, 1])) % 10}",  # most of all when it is off by one
+        f"{(tens + rng.choice([-1, 1])) % 10}{ones}",
+        str(right + rng.choice([-1, 1])),
+        str(rng.randint(10, 99)),
+        rng.choice(["", str(tens), f"{right}{rng.randint(0, 9)}"]),
+    ]
+    wrong = rng.choices(kinds, weights)[0]
+    return wrong if wrong != str(right) else _wrong(right, rng, weights)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -46,7 +46,7 @@ def train_supervised(
 
 def train_reward_model(
     model: PreTrainedModel,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    comparisons: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
     steps: int,
     batch_size: int,
@@ -55,19 +55,27 @@ def train_reward_model(
 ) -> float:
     """Bradley-Terry: maximise log sigmoid(score(chosen) - score(rejected)); returns the mean loss of the last tenth.
 
+    Several rejected sequences beside one chosen cost one forward pass more each, where pairs cost two
+    (Ouyang et al. 2022, section 3.5).
+
     Args:
         model: from `models.reward_model_from`.
-        pairs: (chosen, rejected), each a whole sequence of token ids, prompt included.
+        comparisons: (chosen, rejected ones), each a whole sequence of token ids, prompt included.
     """
 
     def loss(index: Sequence[int]) -> Tensor:
-        ids = [pairs[i][0] for i in index] + [pairs[i][1] for i in index]
+        chosen, rejected = zip(*(comparisons[i] for i in index), strict=True)
+        ids = [*chosen, *(ids for several in rejected for ids in several)]
         batch = gather(Rollout.pack(ids, [[] for _ in ids], device=model.device), range(len(ids)))
         last = batch.packing.cu_seqlens[1:].long() - 1
-        chosen, rejected = models.classify(model, models.hidden_states(model, batch)[last])[:, 0].chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
+        scores = models.classify(model, models.hidden_states(model, batch)[last])[:, 0]
+        repeats = torch.tensor([len(several) for several in rejected], device=scores.device)
+        better, worse = scores.tensor_split([len(chosen)])
+        return -F.logsigmoid(better.repeat_interleave(repeats) - worse).mean()
 
-    return _fit(model, loss, len(pairs), steps=steps, batch_size=batch_size, lr=lr, seed=seed, title="reward model")
+    return _fit(
+        model, loss, len(comparisons), steps=steps, batch_size=batch_size, lr=lr, seed=seed, title="reward model"
+    )
 
 
 def _fit(
@@ -81,10 +89,13 @@ def _fit(
     seed: int,
     title: str,
 ) -> float:
-    """AdamW with a short warm-up and cosine decay, on random batches."""
+    """AdamW on random batches, its rate up over three tenths of the steps and down again.
+
+    A shorter warm-up and a longer memory than beta2 = 0.98 cost a reward model the features its body came with.
+    """
     require(num_examples >= batch_size, f"{title}: {num_examples} examples are fewer than a batch of {batch_size}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.1, 50 / steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.3)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     with progress(steps, title=title) as show:

@@ -21,8 +21,9 @@ def test_the_tokenizer_reads_back_what_it_writes():
 
 def test_wrong_answers_are_wrong_and_of_many_kinds():
     rng = random.Random(0)
-    answers = {demo._wrong(46, rng) for _ in range(500)}
-    assert "46" not in answers and {"45", "47", "36", "56", ""} <= answers
+    for weights in (demo.WRONG_IN_DEMONSTRATIONS, demo.WRONG_IN_COMPARISONS):
+        answers = {demo._wrong(46, rng, weights) for _ in range(500)}
+        assert "46" not in answers and {"45", "47", "36", "56", ""} <= answers
 
 
 def test_every_problem_is_a_two_digit_sum():
