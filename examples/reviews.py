@@ -38,7 +38,7 @@ from fastppo import (
     train,
 )
 from fastppo.report import table
-from fastppo.trainer import move_aside
+from fastppo.run import move_aside
 
 VOCAB = 4096
 PROMPT_WORDS = 4
