@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,18 @@ class Packing:
     max_seqlen: int
     buckets: tuple[Bucket, ...]
     restore: Tensor | None  # (N,) int64, where each token stands in the buckets' rows one after the other; None: there
+
+
+class Memory(Protocol):
+    """Keys and values of earlier tokens, for sampling."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None,
+        softcap: float | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Take the keys and values of new tokens, (N, kv_heads, D); returns what their queries find, (N, heads, D), or
+        None where the tokens attend to each other alone."""
+        ...
 
 
 def plan(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
@@ -85,21 +97,27 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    memory: Memory | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; returns (1, N, heads, D). Dropout is off everywhere in PPO."""
-    if packing is None or attention_mask is not None:
+    if (packing is None and memory is None) or attention_mask is not None:
         raise InputError(
             "this model's attention is fastppo's packed one: call it through fastppo.models.hidden_states, or wrap an "
             "ordinary forward in `with fastppo.attention.dense_attention(model):`"
         )
     if others.get("s_aux") is not None:
         raise InputError(f"{type(module).__name__} has attention sinks, which packed attention does not do")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    if memory is not None:
+        out = memory.attend(module.layer_idx, q, k, v, scaling, sliding_window, softcap)  # pyright: ignore
+        if out is not None:
+            return out[None], None
+    assert packing is not None
     chosen = backend(query.device, query.dtype, softcap)
     window = sliding_window if sliding_window is not None and sliding_window < packing.max_seqlen else None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, packing, scaling, window, softcap)[None], None
     if chosen == "torch_varlen":

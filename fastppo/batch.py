@@ -30,6 +30,8 @@ class Sampling:
     temperature: float = 1.0
     max_new_tokens: int = 53
     stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """Token ids one after the other that end a response, kept as its last tokens."""
     top_k: int = 0
     top_p: float = 1.0
     samples_per_prompt: int = 1
@@ -41,6 +43,7 @@ class Sampling:
             self.temperature > 0, f"temperature must be > 0, got {self.temperature}; for greedy decoding set top_k=1"
         )
         require(self.max_new_tokens > 0, f"max_new_tokens must be > 0, got {self.max_new_tokens}")
+        require(all(self.stop_sequences), f"a stop sequence has at least one token, got {self.stop_sequences}")
         require(self.top_k >= 0, f"top_k must be >= 0 (0: off), got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         require(self.samples_per_prompt > 0, f"samples_per_prompt must be > 0, got {self.samples_per_prompt}")
@@ -57,6 +60,8 @@ class Prompts:
 
     token_ids: tuple[tuple[int, ...], ...]
     records: tuple[Mapping[str, Any], ...] = ()
+    limits: tuple[int, ...] = ()
+    """Most new tokens of each prompt; empty: `Sampling.max_new_tokens` of all."""
 
     def __post_init__(self) -> None:
         require(len(self.token_ids) > 0, "a batch needs at least one prompt, got none")
@@ -67,6 +72,10 @@ class Prompts:
         require(
             len(self.records) == len(self.token_ids),
             f"records must match the prompts one to one, got {len(self.records)} for {len(self.token_ids)} prompts",
+        )
+        require(
+            not self.limits or (len(self.limits) == len(self.token_ids) and min(self.limits) > 0),
+            f"limits must be one number > 0 per prompt ({len(self.token_ids)}) or none, got {self.limits}",
         )
 
     def __len__(self) -> int:

@@ -33,15 +33,21 @@ class RolloutConfig:
     """Longest response, in tokens; see ppo.truncation for what becomes of one that is cut."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response, beside the model's own end-of-sequence tokens."""
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """Token ids one after the other that end a response; it keeps them."""
     max_rows: int = 512
     """Sequences decoded at a time."""
+    kv_gib: float | None = None
+    """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of what
+    is free, on a CPU no limit."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
 
     def __post_init__(self) -> None:
         require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens")
-        require_positive("rollout", self, "temperature", "max_rows")
+        require_positive("rollout", self, "temperature", "max_rows", "kv_gib")
+        require(all(self.stop_sequences), f"a stop sequence has at least one token, got {self.stop_sequences}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,7 +129,9 @@ def select(prompts: Prompts, index: Iterable[int]) -> Prompts:
     """The prompts at `index`, in its order."""
     index = list(index)
     return Prompts(
-        token_ids=tuple(prompts.token_ids[i] for i in index), records=tuple(prompts.records[i] for i in index)
+        token_ids=tuple(prompts.token_ids[i] for i in index),
+        records=tuple(prompts.records[i] for i in index),
+        limits=tuple(prompts.limits[i] for i in index) if prompts.limits else (),
     )
 
 

@@ -68,6 +68,7 @@ class PPOEngine:
             policy,
             eos_token_ids=models.eos_token_ids(policy, tokenizer),
             max_rows=self.config.max_rows,
+            kv_bytes=None if self.config.kv_gib is None else int(self.config.kv_gib * 2**30),
             seed=seed,
         )
 
@@ -86,6 +87,7 @@ class PPOEngine:
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             stop_token_ids=self.config.stop_token_ids,
+            stop_sequences=self.config.stop_sequences,
             samples_per_prompt=self.config.samples_per_prompt,
         )
 

@@ -215,6 +215,14 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
 
 
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Every end-of-sequence token: of the generation config, the model config and the tokenizer."""
     sources = (

@@ -19,6 +19,7 @@ LATEST = "latest"
 PORTION_KEYS = {  # what a run that went out of memory may change: results then differ by rounding and random numbers
     "ppo.max_tokens_per_microbatch",
     "rollout.max_rows",
+    "rollout.kv_gib",
     "policy.gradient_checkpointing",
     "critic.gradient_checkpointing",
 }

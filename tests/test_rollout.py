@@ -1,15 +1,19 @@
 """The embedded engine: repeatable, tidy, and its log-probs are the trainer's."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3TextConfig, MistralConfig
 
 import tiny
 from batches import prompts
-from fastppo import Prompts, Rollout, Sampling
+from fastppo import Prompts, Rollout, Sampling, models
 from fastppo.attention import PACKED
-from fastppo.rollout import EmbeddedEngine
+from fastppo.data import select
+from fastppo.rollout import EmbeddedEngine, embedded
 from fastppo.score import action_logprobs
 
 ENDS = (3, 17, 30, 31, 38)
@@ -156,3 +160,98 @@ def test_a_seeded_draw_repeats_and_leaves_the_engine_s_generator_alone() -> None
     one, same, other = (made.generate(prompts(16), Sampling(seed=s)) for s in (5, 5, 6))
     assert responses(one) == responses(same) != responses(other)
     assert torch.equal(state, made.generator.get_state())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_rows_and_order_change_nothing_that_is_drawn(architecture: str) -> None:
+    """A request's numbers follow from the seed and its prompt, wherever and beside whomever it runs."""
+    given, sampling = prompts(20), Sampling(max_new_tokens=12, seed=3)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    made = responses(sampler(architecture).generate(given, sampling))
+    for max_rows in (1, 7):
+        engine = sampler(architecture, max_rows=max_rows)
+        assert responses(engine.generate(given, sampling)) == made
+        assert responses(engine.generate(select(given, order), sampling)) == [made[i] for i in order]
+
+
+def test_a_prompt_that_occurs_twice_is_answered_twice() -> None:
+    twice = responses(sampler().generate(Prompts(token_ids=((1, 2), (1, 2))), Sampling(seed=3)))
+    samples = responses(sampler().generate(Prompts(token_ids=((1, 2),)), Sampling(seed=3, samples_per_prompt=2)))
+    assert twice == samples and twice[0] != twice[1]
+
+
+def test_each_prompt_has_its_own_limit() -> None:
+    limits = tuple(1 + i % 9 for i in range(17))
+    given = replace(prompts(17), limits=limits)
+    rollout = sampler(eos_token_ids=(), max_rows=4).generate(given, Sampling(max_new_tokens=50, samples_per_prompt=2))
+    assert [len(r) for r in responses(rollout)] == [limit for limit in limits for _ in range(2)]
+    assert {*rollout.finish_reasons} == {"length"}
+    ours = action_logprobs(tiny.policy(), rollout, temperature=1.0, max_tokens=200)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+
+
+def test_a_stop_sequence_ends_a_response_as_a_whole_only() -> None:
+    free = sampler(eos_token_ids=()).generate(prompts(40), Sampling(max_new_tokens=20, seed=3))
+    stops = tuple(tuple(r[4:6]) for r in responses(free)[:10])
+    sampling = Sampling(max_new_tokens=20, seed=3, stop_sequences=stops)
+    rollout = sampler(eos_token_ids=()).generate(prompts(40), sampling)
+    for long, made, reason in zip(responses(free), responses(rollout), rollout.finish_reasons, strict=True):
+        ends = [i + 2 for i in range(len(long) - 1) if tuple(long[i : i + 2]) in stops]
+        assert made == long[: min([*ends, 20])] and reason == ("stop" if ends else "length")
+    assert rollout.finish_reasons.count("stop") >= 10
+
+
+def test_memory_bounds_the_rows_and_no_result() -> None:
+    given, sampling = prompts(9), Sampling(max_new_tokens=12, seed=3)
+    row = 32 * models.kv_bytes_per_token(tiny.policy())
+    assert row == 32 * 2 * 2 * 2 * 8 * 4  # positions, layers, keys and values, heads, D, bytes
+    narrow = sampler(kv_bytes=2 * row)
+    seen: list[int] = []
+    hook = narrow.policy.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+    made = narrow.generate(given, sampling)
+    hook.remove()
+    assert responses(made) == responses(sampler().generate(given, sampling))
+    assert seen.count(2) > 5 and max(seen[1:]) <= 2 * max(len(p) for p in given.token_ids)
+    with pytest.raises(
+        ValueError, match=r"one sequence of 32 tokens take .* GiB, more than the .* raise rollout.kv_gib"
+    ):
+        sampler(kv_bytes=row - 1).generate(given, sampling)
+
+
+def test_tokens_come_from_the_weights_as_they_are_now() -> None:
+    """No key or value outlives a call."""
+    made = sampler()
+    made.generate(prompts(), Sampling(seed=3))
+    with torch.no_grad():
+        for p in made.policy.parameters():
+            p.mul_(0.9)
+    fresh = EmbeddedEngine(copy.deepcopy(made.policy), eos_token_ids=ENDS)
+    rollout = made.generate(prompts(), Sampling(seed=3))
+    assert responses(rollout) == responses(fresh.generate(prompts(), Sampling(seed=3)))
+    ours = action_logprobs(made.policy, rollout, temperature=1.0, max_tokens=200)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**tiny._SHAPE, sliding_window=4),
+        Gemma3TextConfig(
+            **tiny._SHAPE, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        ),
+    ],
+    ids=["mistral", "gemma3"],
+)
+def test_other_architectures_are_sampled_as_they_are_trained(config: Any) -> None:
+    torch.manual_seed(0)
+    policy = models.prepare_policy(models.new_causal_lm(config))
+    rollout = EmbeddedEngine(policy, max_rows=5).generate(prompts(12), Sampling(max_new_tokens=15))
+    ours = action_logprobs(policy, rollout, temperature=1.0, max_tokens=200)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+
+
+def test_a_prefill_is_cut_at_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, sampling = prompts(12), Sampling(max_new_tokens=6, seed=3, samples_per_prompt=2)
+    whole = responses(sampler().generate(given, sampling))
+    monkeypatch.setattr(embedded, "PREFILL_TOKENS", 10)
+    assert responses(sampler().generate(given, sampling)) == whole

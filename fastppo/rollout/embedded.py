@@ -1,23 +1,29 @@
 """Sampling from the trainer's own module: no copy of the weights, nothing cached between updates.
 
-Left-padded prompts, transformers' KV cache, one forward per token over the rows that still run; rows that have ended
-are dropped from the cache. Samples of one prompt share its prefill.
+Prompts are read packed, without padding, by the trainer's own attention. Then one forward per token over the rows that
+still run: a row that ends gives its place to the last one, and free places to requests that wait.
 """
 
+import bisect
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastppo import models
-from fastppo.attention import dense_attention
+from fastppo.attention import plan
 from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import require
-from fastppo_kernels import sample
+from fastppo.rollout.kv import Decode, KVRows, Prefill
+from fastppo_kernels import linear, sample
 
-COMPACT_AT = 8  # drop ended rows when they are 1 in 8: the cache is copied to do so
+REFILL_AT = 8  # let requests in when 1 place in 8 is free: a prefill of its own for each would cost more
+PREFILL_TOKENS = 16384  # of one forward over prompts
+SPAN = 32  # positions read are a multiple of it
 
 
 class EmbeddedEngine:
@@ -27,16 +33,24 @@ class EmbeddedEngine:
         policy: the module that is trained; its train/eval mode is left as found.
         eos_token_ids: tokens that end a response, kept as its last token.
         max_rows: sequences decoded at a time.
+        kv_bytes: memory for their keys and values; fewer are decoded at a time where `max_rows` do not fit. None: on a
+            GPU half of what is free, on a CPU no limit.
         seed: of the engine's own generator; the global one is not touched.
     """
 
     def __init__(
-        self, policy: PreTrainedModel, *, eos_token_ids: Sequence[int] = (), max_rows: int = 512, seed: int = 0
+        self,
+        policy: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        max_rows: int = 512,
+        kv_bytes: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.policy = policy
         self.eos_token_ids = tuple(eos_token_ids)
-        self.max_rows = max_rows
-        self.generator = torch.Generator(policy.device).manual_seed(seed)
+        self.max_rows, self.kv_bytes = max_rows, kv_bytes
+        self.generator = torch.Generator().manual_seed(seed)
         self.version = 0
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
@@ -50,27 +64,25 @@ class EmbeddedEngine:
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """Draw `samples_per_prompt` responses to each prompt, in order.
 
+        What a request draws follows from the seed, its prompt and which of its samples it is: the number of rows and
+        the order of the prompts change nothing but rounding.
+
         Returns:
             A rollout whose log-probs are those of the distribution each token was drawn from.
 
         Raises:
-            ValueError: a prompt with its response would be longer than the model's context.
+            ValueError: a prompt with its response would be longer than the model's context, or not one row fits
+                `kv_bytes`.
         """
-        self._check_context(prompts, sampling)
-        n = sampling.samples_per_prompt
-        generator = self.generator
-        if sampling.seed is not None:
-            generator = torch.Generator(self.policy.device).manual_seed(sampling.seed)
-        size = max(1, self.max_rows // n)
-        tokens: list[list[int]] = []
-        logprobs: list[list[float]] = []
-        with dense_attention(self.policy), _eval_mode(self.policy):
-            for start in range(0, len(prompts), size):
-                chunk = self._decode(prompts.token_ids[start : start + size], sampling, generator)
-                tokens += chunk[0]
-                logprobs += chunk[1]
-        stops = {*self.eos_token_ids, *sampling.stop_token_ids}
-        reasons: list[FinishReason] = ["stop" if t[-1] in stops else "length" for t in tokens]
+        num_positions = self._check_context(prompts, sampling)
+        n, seed = sampling.samples_per_prompt, sampling.seed
+        if seed is None:
+            seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        rows = min(self._rows_that_fit(num_positions), len(prompts) * n)
+        with _eval_mode(self.policy):
+            job = _Job(self.policy, prompts, sampling, self.eos_token_ids, seed, KVRows(rows, num_positions))
+            job.run()
+        tokens, logprobs, reasons = job.results()
         return Rollout.pack(
             [p for p in prompts.token_ids for _ in range(n)],
             tokens,
@@ -84,81 +96,196 @@ class EmbeddedEngine:
             device=self.policy.device,
         )
 
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        device, n = self.policy.device, sampling.samples_per_prompt
-        stops = torch.tensor([*self.eos_token_ids, *sampling.stop_token_ids], dtype=torch.int64, device=device)
-        ids, mask = _left_pad(prompts, device)
-        cache = DynamicCache(config=self.policy.config)
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-            logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-        rows = len(prompts) * n
-        tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(rows, sampling.max_new_tokens, device=device)
-        lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
-        live, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
-        for t in range(sampling.max_new_tokens):
-            token, logprob = _draw(logits, sampling, generator)
-            tokens[live, t], logprobs[live, t] = token, logprob
-            stopped = torch.isin(token, stops) & ~ended
-            lengths[live[stopped]] = t + 1
-            ended |= stopped
-            num_ended = int(ended.sum())
-            if num_ended == len(live) or t + 1 == sampling.max_new_tokens:
-                break
-            if num_ended * COMPACT_AT >= len(live):
-                keep = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                live, mask, token, ended = live[keep], mask[keep], token[keep], ended[keep]
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits = self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
-        sizes = lengths.tolist()
-        return (
-            [row[:k] for row, k in zip(tokens.tolist(), sizes, strict=True)],
-            [row[:k] for row, k in zip(logprobs.tolist(), sizes, strict=True)],
-        )
-
-    def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
-        out = self.policy(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
-
-    def _check_context(self, prompts: Prompts, sampling: Sampling) -> None:
+    def _check_context(self, prompts: Prompts, sampling: Sampling) -> int:
+        """The positions of a row: the longest prompt and its response, rounded up."""
         context = models.context_length(self.policy)
-        longest = max(len(p) for p in prompts.token_ids)
+        limits = prompts.limits or (sampling.max_new_tokens,) * len(prompts)
+        length, limit = max(
+            ((len(p), m) for p, m in zip(prompts.token_ids, limits, strict=True)), key=lambda pair: sum(pair)
+        )
         require(
-            longest + sampling.max_new_tokens <= context,
-            f"a prompt of {longest} tokens plus max_new_tokens = {sampling.max_new_tokens} exceeds the model's "
+            length + limit <= context,
+            f"a prompt of {length} tokens plus max_new_tokens = {limit} exceeds the model's "
             f"context of {context}: shorten the prompts or lower max_new_tokens",
         )
+        return -(-(length + limit) // SPAN) * SPAN
+
+    def _rows_that_fit(self, num_positions: int) -> int:
+        budget = self.kv_bytes
+        if budget is None and self.policy.device.type == "cuda":
+            budget = torch.cuda.mem_get_info(self.policy.device)[0] // 2
+        if budget is None:
+            return self.max_rows
+        row = num_positions * models.kv_bytes_per_token(self.policy)
+        require(
+            budget >= row,
+            f"the keys and values of one sequence of {num_positions} tokens take {row / 2**30:.3g} GiB, more than the "
+            f"{budget / 2**30:.3g} GiB there are: raise rollout.kv_gib, or lower max_new_tokens or the prompts' length",
+        )
+        return min(self.max_rows, budget // row)
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    uniform = torch.rand(logits.shape[0], device=logits.device, generator=generator)
-    return sample(logits, uniform, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+class _Job:
+    """One call of `generate`: requests that wait, rows that run, and what was drawn."""
+
+    def __init__(
+        self, policy: PreTrainedModel, prompts: Prompts, sampling: Sampling, eos_token_ids: Sequence[int], seed: int,
+        kv: KVRows,
+    ) -> None:  # fmt: skip
+        self.policy, self.prompts, self.sampling, self.kv = policy, prompts, sampling, kv
+        device, total = policy.device, len(prompts) * sampling.samples_per_prompt
+        limits = prompts.limits or (sampling.max_new_tokens,) * len(prompts)
+        # By request:
+        self.limits = torch.tensor(limits, device=device).repeat_interleave(sampling.samples_per_prompt)
+        self.uniforms = _uniforms(prompts, sampling.samples_per_prompt, max(limits), seed).to(device)
+        self.tokens = torch.zeros(total, max(limits), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(total, max(limits), device=device)
+        self.lengths = torch.zeros(total, dtype=torch.int64, device=device)
+        self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        self.stops = torch.tensor([*eos_token_ids, *sampling.stop_token_ids], dtype=torch.int64, device=device)
+        # By row, of which the first `live` run; `ends` is how long they are, known without asking the device:
+        self.request, self.last, self.position = torch.zeros(3, kv.num_rows, dtype=torch.int64, device=device)
+        self.ends: list[int] = []
+        self.next = 0
+
+    @property
+    def live(self) -> int:
+        return len(self.ends)
+
+    def run(self) -> None:
+        """Until every request has its response."""
+        total, rows = len(self.lengths), self.kv.num_rows
+        while self.live or self.next < total:
+            if self.next < total and (not self.live or (rows - self.live) * REFILL_AT >= rows):
+                self._admit()
+            else:
+                self._step()
+
+    def results(self) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
+        """Tokens, log-probs and finish reasons, by request."""
+        sizes = self.lengths.tolist()
+        cut = ([row[:n] for row, n in zip(x.tolist(), sizes, strict=True)] for x in (self.tokens, self.logprobs))
+        return next(cut), next(cut), ["stop" if s else "length" for s in self.stopped.tolist()]
+
+    def _admit(self) -> None:
+        """Read the prompts of waiting requests into free rows; samples of one prompt share its reading."""
+        start, n = self.live, self.sampling.samples_per_prompt
+        taken: list[int] = []  # requests
+        chosen: list[int] = []  # their prompts
+        num_tokens = 0
+        while self.next < len(self.lengths) and start + len(taken) < self.kv.num_rows:
+            i = self.next // n
+            if i not in chosen[-1:]:
+                num_tokens += len(self.prompts.token_ids[i])
+                if taken and num_tokens > PREFILL_TOKENS:
+                    break
+            taken.append(self.next)
+            chosen.append(i)
+            self.next += 1
+        self.ends += [len(self.prompts.token_ids[i]) for i in chosen]
+        rows = slice(start, self.live)
+        self.request[rows] = torch.tensor(taken, device=self.request.device)
+        self.position[rows] = torch.tensor(self.ends[rows], device=self.request.device)
+        self._draw(self._read(chosen, start), rows)
+
+    def _read(self, chosen: list[int], start: int) -> Tensor:
+        """Logits (len(chosen), V) after these prompts, whose keys and values go to the rows from `start` on."""
+        device = self.request.device
+        firsts = [k for k, i in enumerate(chosen) if k == 0 or i != chosen[k - 1]]
+        which = [bisect.bisect(firsts, k) - 1 for k in range(len(chosen))]  # the prompt of each row
+        prompts = [self.prompts.token_ids[chosen[k]] for k in firsts]
+        lengths = [len(p) for p in prompts]
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        rows = (torch.tensor(firsts) + start).repeat_interleave(torch.tensor(lengths)).to(device)
+        ids = torch.tensor([token for p in prompts for token in p], device=device)
+        packing = plan(lengths, device)
+        hidden = self._forward(ids, positions, Prefill(self.kv, rows, positions), packing)
+        copies = [(start + firsts[j], start + k) for k, j in enumerate(which) if k != firsts[j]]
+        if copies:
+            sources, targets = torch.tensor(copies, device=device).unbind(1)
+            self.kv.copy(sources, targets, max(lengths))
+        logits = self._logits(hidden[packing.cu_seqlens[1:].long() - 1])
+        return logits if len(firsts) == len(chosen) else logits[torch.tensor(which, device=device)]
+
+    def _step(self) -> None:
+        """One more token for every live row."""
+        live = slice(0, self.live)
+        span = min(-(-(max(self.ends) + 1) // SPAN) * SPAN, self.kv.num_positions)
+        step = Decode(self.kv, self.position[live].clone(), span)
+        hidden = self._forward(self.last[live], step.positions, step, None)
+        self.position[live] += 1
+        self.ends = [end + 1 for end in self.ends]
+        self._draw(self._logits(hidden), live)
+
+    def _forward(self, ids: Tensor, positions: Tensor, memory: Any, packing: Any) -> Tensor:
+        out = self.policy.base_model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, packing=packing, memory=memory
+        )
+        return out.last_hidden_state[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = models.lm_head(self.policy)
+        logits = linear(hidden, head.weight, head.bias)
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    def _draw(self, logits: Tensor, rows: slice) -> None:
+        """A token for each of these rows, from its logits; rows that have ended leave."""
+        settings, request = self.sampling, self.request[rows]
+        count = self.lengths[request]
+        token, logprob, *_ = sample(
+            logits, self.uniforms[request, count], temperature=settings.temperature, top_k=settings.top_k,
+            top_p=settings.top_p,
+        )  # fmt: skip
+        self.tokens[request, count], self.logprobs[request, count] = token, logprob
+        self.lengths[request] = count + 1
+        self.last[rows] = token
+        self.stopped[request] = stopped = torch.isin(token, self.stops) | self._ends_a_sequence(request, count)
+        ended = (stopped | (count + 1 == self.limits[request])).nonzero().squeeze(1)
+        self._release([rows.start + i for i in ended.tolist()])
+
+    def _ends_a_sequence(self, request: Tensor, count: Tensor) -> Tensor:
+        """Whether the last tokens of a response are one of the stop sequences."""
+        found = torch.zeros_like(count, dtype=torch.bool)
+        for stop in self.sampling.stop_sequences:
+            back = count[:, None] - torch.arange(len(stop) - 1, -1, -1, device=count.device)
+            tail = self.tokens[request[:, None], back.clamp(min=0)]
+            found |= (back[:, 0] >= 0) & (tail == torch.tensor(stop, device=count.device)).all(1)
+        return found
+
+    def _release(self, ended: list[int]) -> None:
+        """The last live rows move into the places of those that ended."""
+        if not ended:
+            return
+        live, gone = self.live - len(ended), {*ended}
+        holes = [i for i in ended if i < live]
+        movers = [i for i in range(live, self.live) if i not in gone]
+        if holes:
+            sources, targets = (torch.tensor(x, device=self.request.device) for x in (movers, holes))
+            self.kv.copy(sources, targets, max(self.ends[i] for i in movers) + 1)
+            for state in (self.request, self.last, self.position):
+                state[targets] = state[sources]
+            for source, target in zip(movers, holes, strict=True):
+                self.ends[target] = self.ends[source]
+        del self.ends[live:]
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(b, T) ids and 0/1 mask; the mask comes from lengths, so any id may be the padding."""
-    T = max(len(p) for p in prompts)
-    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+def _uniforms(prompts: Prompts, samples_per_prompt: int, count: int, seed: int) -> Tensor:
+    """(requests, count) float32 in [0, 1): the numbers of a request follow from the seed, its prompt and its rank
+    among the samples of that prompt, also where the prompt occurs twice."""
+    generator, seen, rows = torch.Generator(), dict[tuple[int, ...], int](), []
+    for ids in prompts.token_ids:
+        for _ in range(samples_per_prompt):
+            seen[ids] = seen.get(ids, 0) + 1
+            digest = hashlib.blake2b(repr((seed, seen[ids], ids)).encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest) >> 1)
+            rows.append(torch.rand(count, generator=generator))
+    return torch.stack(rows)
 
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = model.training
-    model.eval()  # in train mode gradient checkpointing would switch the cache off
+    model.eval()
     try:
         yield
     finally:
