@@ -5,8 +5,8 @@
 Prompts of 16 to 64 tokens; response lengths 16 + 240 u^3 (u uniform), no end-of-sequence token, temperature 1. Random
 weights: tiny is Qwen2 of hidden 256 x 4 layers, mid of 768 x 12. What is counted are the tokens that were asked for;
 `generate` has one limit for all and runs to the longest. Before anything is timed, the engine's log-probs are held
-against the trainer's own forward. Runs of the variants alternate; on the CPU the figure is CPU seconds of the process on
-one thread, which other load disturbs less than the wall clock, on a GPU wall seconds. There a step reads at least the
+against the trainer's own forward. Runs alternate. On the CPU the figure is CPU seconds of the process on
+one thread, which other load disturbs less than the wall clock; on a GPU wall seconds. There a step reads at least the
 weights and the live keys and values: `floor` is how much of the time that would take at the measured copy rate.
 """
 
@@ -115,6 +115,7 @@ def bench(name: str, dtype: torch.dtype, options: argparse.Namespace) -> dict[st
     engine = EmbeddedEngine(policy, max_rows=options.rows)
     rollout = engine.generate(requests, Sampling(seed=0))
     ours = action_logprobs(policy, rollout, temperature=1.0, max_tokens=4096)
+    assert rollout.logprobs is not None
     gap = float((ours - rollout.logprobs).abs().max())
     if not gap <= LARGEST_GAP[dtype]:
         raise SystemExit(f"{name} {dtype}: log-probs are {gap:.3g} nats off the trainer's; nothing was timed")

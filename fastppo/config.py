@@ -38,8 +38,8 @@ class RolloutConfig:
     max_rows: int = 512
     """Sequences decoded at a time."""
     kv_gib: float | None = None
-    """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of what
-    is free, on a CPU no limit."""
+    """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of
+    what is free, on a CPU no limit."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
