@@ -35,6 +35,8 @@ class RolloutConfig:
     """Tokens that end a response, beside the model's own end-of-sequence tokens."""
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     """Token ids one after the other that end a response; it keeps them."""
+    engine: Literal["embedded", "generate_batch"] = "embedded"
+    """Who samples: fastppo's own engine, or transformers' continuous batching; both on the weights as they are."""
     max_rows: int = 512
     """Sequences decoded at a time."""
     kv_gib: float | None = None

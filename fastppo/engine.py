@@ -19,7 +19,7 @@ from fastppo.config import OptimizerConfig, PPOConfig, RolloutConfig
 from fastppo.optimizer import Trainable, make_trainable
 from fastppo.protocols import RolloutEngine, SampleScores
 from fastppo.rewards import Scores
-from fastppo.rollout import EmbeddedEngine
+from fastppo.rollout import ENGINES
 
 
 class PPOEngine:
@@ -64,7 +64,7 @@ class PPOEngine:
             if self.critic is None
             else make_trainable(self.critic, critic_optimizer or OptimizerConfig(), total_steps)
         )
-        self.rollout_engine = rollout_engine or EmbeddedEngine(
+        self.rollout_engine = rollout_engine or ENGINES[self.config.engine](
             policy,
             eos_token_ids=models.eos_token_ids(policy, tokenizer),
             max_rows=self.config.max_rows,

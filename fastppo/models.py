@@ -6,6 +6,7 @@ classifier with one label (the value of each state).
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from fastppo.attention import PACKED, dense_attention, plan
+from fastppo.batch import Prompts
 from fastppo.checks import InputError, require
 from fastppo.config import ModelConfig
 from fastppo.hub import require_there
@@ -213,6 +215,23 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 def context_length(model: PreTrainedModel) -> int:
     """Tokens the model can read; a very large number when its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+
+
+def require_context(model: PreTrainedModel, prompts: Prompts, limits: Sequence[int]) -> int:
+    """The tokens of the longest prompt with `limits`, its most new ones.
+
+    Raises:
+        ValueError: it is longer than the model can read.
+    """
+    pairs = ((len(ids), limit) for ids, limit in zip(prompts.token_ids, limits, strict=True))
+    length, limit = max(pairs, key=lambda pair: sum(pair))
+    context = context_length(model)
+    require(
+        length + limit <= context,
+        f"a prompt of {length} tokens plus max_new_tokens = {limit} exceeds the model's "
+        f"context of {context}: shorten the prompts or lower max_new_tokens",
+    )
+    return length + limit
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:

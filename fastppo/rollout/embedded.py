@@ -74,7 +74,9 @@ class EmbeddedEngine:
             ValueError: a prompt with its response would be longer than the model's context, or not one row fits
                 `kv_bytes`.
         """
-        num_positions = self._check_context(prompts, sampling)
+        limits = prompts.limits or (sampling.max_new_tokens,) * len(prompts)
+        longest = models.require_context(self.policy, prompts, limits)
+        num_positions = -(-longest // SPAN) * SPAN
         n, seed = sampling.samples_per_prompt, sampling.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (), generator=self.generator))
@@ -95,20 +97,6 @@ class EmbeddedEngine:
             policy_version=self.version,
             device=self.policy.device,
         )
-
-    def _check_context(self, prompts: Prompts, sampling: Sampling) -> int:
-        """The positions of a row: the longest prompt and its response, rounded up."""
-        context = models.context_length(self.policy)
-        limits = prompts.limits or (sampling.max_new_tokens,) * len(prompts)
-        length, limit = max(
-            ((len(p), m) for p, m in zip(prompts.token_ids, limits, strict=True)), key=lambda pair: sum(pair)
-        )
-        require(
-            length + limit <= context,
-            f"a prompt of {length} tokens plus max_new_tokens = {limit} exceeds the model's "
-            f"context of {context}: shorten the prompts or lower max_new_tokens",
-        )
-        return -(-(length + limit) // SPAN) * SPAN
 
     def _rows_that_fit(self, num_positions: int) -> int:
         budget = self.kv_bytes

@@ -1,0 +1,88 @@
+"""transformers' continuous batching as a rollout engine: what it draws is the policy's, and it leaves no trace."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from batches import SCORES, engine, prompts
+from fastppo import Prompts, Rollout, Sampling
+from fastppo.attention import PACKED
+from fastppo.rollout import GenerateBatchEngine
+from fastppo.score import action_logprobs
+
+ENDS = (3, 17, 30, 31, 38)
+
+
+def sampler(architecture: str = "llama", **kwargs: Any) -> GenerateBatchEngine:
+    return GenerateBatchEngine(tiny.policy(architecture), **{"eos_token_ids": ENDS, **kwargs})
+
+
+def responses(rollout: Rollout) -> list[list[int]]:
+    return [response for _, response in rollout.sequences()]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_log_probs_are_the_trainers(architecture: str) -> None:
+    made = sampler(architecture, max_rows=5)
+    rollout = made.generate(prompts(12), Sampling(temperature=0.8, max_new_tokens=12, samples_per_prompt=2, seed=3))
+    ours = action_logprobs(made.policy, rollout, temperature=0.8, max_tokens=200)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+    assert not rollout.exact and rollout.group_ids.tolist() == [i for i in range(12) for _ in range(2)]
+    for response, reason in zip(responses(rollout), rollout.finish_reasons, strict=True):
+        assert reason == ("stop" if response[-1] in ENDS else "length") and not {*response[:-1]} & {*ENDS}
+
+
+def test_it_leaves_no_trace() -> None:
+    made, before = sampler(), torch.get_rng_state()
+    made = sampler()
+    before = torch.get_rng_state()
+    made.generate(prompts(4), Sampling(max_new_tokens=4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(m.training for m in made.policy.modules())
+    assert made.policy.config._attn_implementation == PACKED
+
+
+def test_tokens_come_from_the_weights_as_they_are_now() -> None:
+    """With a long prefix in common, whose keys a manager that lives on would keep."""
+    made = sampler()
+    given = Prompts(token_ids=tuple((*range(1, 46), i) for i in range(4)))
+    made.generate(given, Sampling(max_new_tokens=4, seed=3))
+    with torch.no_grad():
+        for p in made.policy.parameters():
+            p.mul_(0.9)
+    rollout = made.generate(given, Sampling(max_new_tokens=4, seed=3))
+    ours = action_logprobs(made.policy, rollout, temperature=1.0, max_tokens=400)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+
+
+def test_a_request_that_fails_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sampler()
+    sizes = made._sizes
+
+    def too_small(requests: Any) -> Any:
+        config = sizes(requests)
+        config.num_blocks = 1
+        return config
+
+    monkeypatch.setattr(made, "_sizes", too_small)
+    given = Prompts(token_ids=((1, 2), tuple(range(1, 48)) * 2))
+    with pytest.raises(RuntimeError, match=r"generate_batch lost 1 of 2 requests: .*; use rollout.engine = 'embedded'"):
+        made.generate(given, Sampling(max_new_tokens=4))
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="'generate_batch' has no stop sequences"):
+        sampler().generate(prompts(2), Sampling(stop_sequences=((1, 2),)))
+    with pytest.raises(ValueError, match=r"exceeds the model's\s+context of 128"):
+        sampler().generate(Prompts(token_ids=((1,) * 100,)), Sampling())
+    with pytest.raises(ValueError, match=r"raise rollout.kv_gib"):
+        sampler(kv_bytes=1000).generate(prompts(2), Sampling(max_new_tokens=4))
+
+
+def test_a_run_file_can_ask_for_it() -> None:
+    made = engine(rollout={"engine": "generate_batch"})
+    assert isinstance(made.rollout_engine, GenerateBatchEngine)
+    rollout = made.generate(prompts(len(SCORES)))
+    assert made.update(made.score(rollout, SCORES))["val/ratio_max_first"] == 1.0
