@@ -103,9 +103,10 @@ class GenerateBatchEngine:
             max_new_tokens=max(limit for _, limit in requests),
             eos_token_id=stops or -1,
         )
+        policy: Any = self.policy
         with (
-            _as_found(self.policy, seed),
-            self.policy.continuous_batching_context_manager(
+            _as_found(policy, seed),
+            policy.continuous_batching_context_manager(
                 generation_config=options, continuous_batching_config=self._sizes(requests)
             ) as manager,
         ):
