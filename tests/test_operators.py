@@ -55,7 +55,7 @@ def cases(backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, t
     rows = (row(), row(), weights(), row(), row())
     head = (0.7, 5.0)
     wanted, nothing = [True, True, True], [False, False, False]
-    linear = (targets(), *rows, row(), *head, SETTINGS, True, 4, torch.float32)
+    linear = (targets(), *rows, row(), *head, SETTINGS, True, 4)
     hidden, weight, bias = leaf(R, H, dtype=dtype), leaf(V, H, dtype=dtype), leaf(V, dtype=dtype)
     return [
         (operators.token_logprobs, (hidden, weight, bias, targets(), *head, True, 4, backend)),
@@ -71,6 +71,7 @@ def cases(backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, t
         (operators.gae, (row(), row(), packed(), 1.0, 0.9, None, None, backend)),
         (operators.token_rewards, (row()[:2], row(), row(), packed(), 0.1, "k1", None, backend)),
         (operators.moments, (row(), None, backend)),
+        (operators.scale_, (leaf(R, V, dtype=dtype).detach(), torch.tensor(0.3, device=DEVICE))),
         (operators.sample, (leaf(R, V).detach(), -row(), 0.7, 0, 1.0, backend)),
     ]
 

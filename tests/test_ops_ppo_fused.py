@@ -102,7 +102,7 @@ def test_gradcheck_of_logits_and_log_prob_losses(kwargs: dict[str, Any], head: d
 @given(
     kwargs=SETTINGS,
     head=HEAD,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     R=st.sampled_from([1, 3, 63]),
 )
 def test_fused_losses_are_as_accurate_as_plain_autograd(
@@ -206,17 +206,6 @@ def test_autocast_does_not_reach_the_maths() -> None:
     expected, _ = linear_ppo_loss(hidden, weight, targets, **rows)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(linear_ppo_loss(hidden, weight, targets, **rows)[0], expected)
-
-
-def test_logits_dtype_rounds_the_logits() -> None:
-    hidden, weight, _, targets = head_inputs(40, 16, 50, torch.bfloat16)
-    z = (hidden.float() @ weight.float().T).bfloat16()
-    expected = z.double().log_softmax(-1)[torch.arange(40), targets].sum()
-    ones = torch.ones(40)
-    _, rounded = linear_ppo_loss(hidden, weight, targets, None, ones, ones, logits_dtype=torch.bfloat16)
-    _, exact = linear_ppo_loss(hidden, weight, targets, None, ones, ones)
-    assert rounded["logprob_sum"].item() == pytest.approx(expected.item(), abs=1e-3)
-    assert abs(exact["logprob_sum"] - expected) > 1e-3
 
 
 @pytest.mark.parametrize(
