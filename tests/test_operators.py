@@ -143,6 +143,16 @@ def test_what_has_no_gradient_compiles_too() -> None:
         assert torch.equal(a, b)
 
 
+def test_rewards_of_as_many_sequences_as_tokens_compile_too() -> None:
+    """The lengths are looked at inside the operator, where tracing does not stop."""
+    torch._dynamo.reset()
+    compiled = torch.compile(token_rewards, fullgraph=True, backend="aot_eager")
+    cu = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
+    scores, logprobs = row(), row()
+    made = compiled(scores, logprobs, None, cu, kl_coef=0.0)
+    assert torch.equal(made, scores)
+
+
 def test_grad_output_scales_every_gradient() -> None:
     for name, (function, inputs) in compiled_cases().items():
         once = torch.autograd.grad(function(*inputs).sum(), inputs)

@@ -174,8 +174,10 @@ def test_inplace_writes_the_gradient_over_the_logits() -> None:
     assert torch.allclose(dleaf, 2 * expected) and dlogits.data_ptr() == logits.data_ptr()  # no second (R, V) tensor
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(loss, leaf)
-    with pytest.raises(ValueError, match="logits is a leaf that requires grad.*inplace=False"):
-        logits_ppo_loss(leaf, targets, **rows)
+    for owned in (leaf, leaf.view_as(leaf), leaf[:, :6]):  # a view is no leaf, but its memory is the leaf's
+        with pytest.raises(ValueError, match="logits is a leaf that requires grad, or a view.*inplace=False"):
+            logits_ppo_loss(owned, targets % 6, **rows)
+    logits_ppo_loss((leaf * 1)[:, :6], targets % 6, **rows)
 
 
 def test_inplace_cannot_corrupt_an_output_that_autograd_still_needs() -> None:

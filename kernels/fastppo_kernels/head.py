@@ -106,9 +106,10 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
-        logits = self.buffer[: rows.stop - rows.start]
-        if self.direct:
-            return product(self.hidden[rows], self.weight, self.bias)
+        num_rows = rows.stop - rows.start
+        logits = self.buffer[:num_rows]
+        if self.direct or (self.onednn and num_rows == 1):
+            return _product(self.hidden[rows], self.weight, self.bias)
         if self.onednn:
             product_into(logits, self.hidden[rows], self.weight, self.bias)
             return logits
@@ -125,7 +126,7 @@ class ChunkedHead:
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
         if self.dhidden is not None and self.onednn:
-            self.dhidden[rows] = product(dlogits, self.weight.T)
+            self.dhidden[rows] = _product(dlogits, self.weight.T)
         elif self.dhidden is not None:
             padded = self.dlogits(self.buffer)  # and with rows of padding below, whose gradient is not looked at
             for piece, place in self._pieces(rows):
@@ -136,9 +137,10 @@ class ChunkedHead:
     def gradients(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, in the dtypes of these `inputs`; of no element where not wanted.
 
-        Comes last: the buffer is freed first, so that gradients of another dtype take its place.
+        Comes last: the buffer and a copy of the weight are freed first, so that gradients of another dtype may take
+        their place.
         """
-        self.buffer = nothing = self.hidden.new_empty(0)
+        self.buffer = self.weight = nothing = self.hidden.new_empty(0)
         dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
         made = zip((dhidden, self.dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
@@ -172,6 +174,11 @@ class ChunkedHead:
     def _padded(self, num_rows: int) -> int:
         """So many rows and what the padding adds."""
         return -(-num_rows // self.piece) * self.piece if self.piece else num_rows
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product`, whose library sums a single row in another order than that row among others: here it has company."""
+    return product(a, b, bias) if a.shape[0] != 1 else product(a.expand(2, -1), b, bias)[:1]
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -27,7 +27,7 @@ def scale_kernel(
     for tile in range(tl.program_id(0), num_rows * tiles, tl.num_programs(0)):
         column = (tile % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = x_ptr + (tile // tiles).to(tl.int64) * row_stride + column
-        x = tl.load(at, mask=column < num_columns, other=0.0)
+        x = tl.load(at, mask=column < num_columns, other=1.0)
         tl.store(at, (x.to(factor.dtype) * factor).to(x.dtype), mask=column < num_columns)
 
 

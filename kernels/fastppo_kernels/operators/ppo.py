@@ -13,7 +13,7 @@ from torch import Tensor
 from fastppo_kernels import backend as backends
 from fastppo_kernels.head import ChunkedHead, exact_products
 from fastppo_kernels.operators.common import fake_table, like_or_empty, ppo_rows, side_by_side, vector
-from fastppo_kernels.operators.scale import scaled
+from fastppo_kernels.operators.scale import keep_gradients, scaled
 from fastppo_kernels.reference import PPORows, working_dtype
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS, with_sums
@@ -207,11 +207,11 @@ def _(
 
 
 def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*output[3:])
+    keep_gradients(ctx, *output[3:])
     ctx.num_inputs = len(inputs)
 
 
-def _scale(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the first inputs; only the loss is differentiable, callers detach the rest."""
     made = ctx.saved_tensors
     return *scaled(made, dloss, ctx.needs_input_grad[: len(made)]), *[None] * (ctx.num_inputs - len(made))

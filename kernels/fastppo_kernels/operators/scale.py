@@ -4,6 +4,7 @@ It is final when grad_output is 1, which only the device knows: `fastppo::scale_
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +23,27 @@ def _(x, factor):
     return None
 
 
-def scaled(gradients: Sequence[Tensor], factor: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients that are `wanted` times `factor`, None for the others; to be called in a backward.
+def keep_gradients(ctx: Any, *gradients: Tensor) -> None:
+    """Saves the gradients for `scaled`, in the setup of a backward."""
+    ctx.save_for_backward(*gradients)
+    ctx.set_materialize_grads(False)  # the gradients are outputs of their operator: no zeros as large as they are
+
+
+def scaled(gradients: Sequence[Tensor], factor: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that are `wanted` times `factor` (None: 0), None for the others; to be called in a backward.
 
     They are scaled where they lie if autograd frees the graph after this backward, as nobody reads them again. If it
     keeps the graph (retain_graph=True) they stay what they are for the next backward, and copies are scaled; so are
     they where torch.compile traces this, whose graphs overwrite nothing.
     """
+    if factor is None:
+        return (None,) * len(wanted)
     return tuple(_scaled(x, factor) if need else None for x, need in zip(gradients, wanted, strict=True))
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    if type(x) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+    if kept or type(x) is not Tensor:
         x = x.detach().clone()
     scale_(x, factor)
     return x

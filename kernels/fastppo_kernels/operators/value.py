@@ -1,5 +1,6 @@
 """The critic's losses: (loss (), value table (R, 8), its sums (3, 8), gradients ...)."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor
 from fastppo_kernels import backend as backends
 from fastppo_kernels.head import exact_products
 from fastppo_kernels.operators.common import fake_table, like_or_empty, vector
-from fastppo_kernels.operators.scale import scaled
+from fastppo_kernels.operators.scale import keep_gradients, scaled
 from fastppo_kernels.reference import working_dtype
 from fastppo_kernels.table import VALUE_COLUMNS, with_sums
 
 DVALUE = VALUE_COLUMNS.index("dvalue")
+SCRATCH_ROWS = 4096  # of hidden states whose gradient nobody wants
 
 
 @torch.library.custom_op("fastppo::value", mutates_args=())
@@ -39,17 +41,31 @@ def linear_value(
     """(loss, table, sums, gradients of hidden, weight and bias) from hidden states (R, H)."""
     x = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     dhidden, dweight, dbias = like_or_empty((hidden, weight, bias), wanted)
-    target = None
-    if any(wanted):
-        target = dhidden if wanted[0] else torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    vectors = (vector(x, working_dtype(hidden)) for x in (old_values, returns, weights))
+    vectors = [vector(x, working_dtype(hidden)) for x in (old_values, returns, weights)]
     with exact_products(hidden):
-        table, made = backends.load(backend).linear_value_rows(x, weight, bias, *vectors, clip, dhidden=target)
+        if any(wanted) and not wanted[0]:
+            table, made = _head_only(backends.load(backend), x, weight, bias, vectors, clip)
+        else:
+            target = dhidden if wanted[0] else None
+            table, made = backends.load(backend).linear_value_rows(x, weight, bias, *vectors, clip, dhidden=target)
     if wanted[1]:
         dweight.copy_(made)
     if wanted[2]:
         dbias.copy_(table[:, DVALUE].sum().expand(dbias.shape))
     return *with_sums(table), dhidden, dweight, dbias
+
+
+def _head_only(
+    module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: list[Tensor], clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """(table, gradient of weight): the gradient of x, which a backend makes along with it, is written to a scratch."""
+    scratch, parts = torch.empty_like(x[:SCRATCH_ROWS]), []
+    for start in range(0, max(x.shape[0], 1), SCRATCH_ROWS):
+        rows = [v[start : start + SCRATCH_ROWS] for v in (x, *vectors)]
+        target = scratch[: len(rows[0])]
+        parts.append(module.linear_value_rows(rows[0], weight, bias, *rows[1:], clip, dhidden=target))
+    tables, gradients = zip(*parts, strict=True)
+    return torch.cat(tables), torch.stack(gradients).sum(0)
 
 
 @value.register_fake
@@ -73,10 +89,10 @@ def _value_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ..
 
 
 def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*output[3:])
+    keep_gradients(ctx, *output[3:])
 
 
-def _linear_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     return *scaled(ctx.saved_tensors, dloss, ctx.needs_input_grad[:3]), *[None] * 6
 
 
