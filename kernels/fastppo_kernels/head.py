@@ -3,8 +3,8 @@
 Logits are made in float32 and overwritten by their gradient, in the dtype of the operands, in the same memory.
 
 The library of a GPU picks its algorithm by the shape of a product, and with it the order of summation. So there every
-product of hidden states or of their gradient has PIECE_ROWS rows, the last one padded: a row's bits do not depend on
-how many there are.
+product of hidden states or of their gradient has as many rows, the last one padded: a row's bits do not depend on how
+many there are. (In the sum over rows that is the weight's gradient they all take part.)
 """
 
 from collections.abc import Iterator
