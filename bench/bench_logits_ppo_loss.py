@@ -38,10 +38,21 @@ LIGER, FLASH = "liger_kernel.transformers.grpo_loss", "flash_attn.ops.triton.cro
 SHAPES = [(1024, 32000), (1024, 151936)], [(8192, 128256), (16384, 151936)]  # CPU, GPU
 
 
+class _Output(torch.autograd.Function):
+    """Logits as a model gives them: neither a leaf nor a view of one, and here without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 def fastppo(p: LogitsProblem) -> Outputs:
     logits = leaf(p.logits)
-    output = logits.view_as(logits)  # not a leaf, like the output of a model
-    loss, _ = logits_ppo_loss(output, *p.rows[:4], entropy_coef=p.rows.entropy_coef, inplace=True)
+    loss, _ = logits_ppo_loss(_Output.apply(logits), *p.rows[:4], entropy_coef=p.rows.entropy_coef, inplace=True)
     return gradients(loss, logits=logits)
 
 

@@ -55,7 +55,7 @@ def cases(backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, t
     rows = (row(), row(), weights(), row(), row())
     head = (0.7, 5.0)
     wanted, nothing = [True, True, True], [False, False, False]
-    linear = (targets(), *rows, row(), *head, SETTINGS, True, 4, torch.float32)
+    linear = (targets(), *rows, row(), *head, SETTINGS, True, 4)
     hidden, weight, bias = leaf(R, H, dtype=dtype), leaf(V, H, dtype=dtype), leaf(V, dtype=dtype)
     return [
         (operators.token_logprobs, (hidden, weight, bias, targets(), *head, True, 4, backend)),
@@ -71,6 +71,7 @@ def cases(backend: str, dtype: torch.dtype = torch.float32) -> list[tuple[Any, t
         (operators.gae, (row(), row(), packed(), 1.0, 0.9, None, None, backend)),
         (operators.token_rewards, (row()[:2], row(), row(), packed(), 0.1, "k1", None, backend)),
         (operators.moments, (row(), None, backend)),
+        (operators.scale_, (leaf(R, V, dtype=dtype).detach(), torch.tensor(0.3, device=DEVICE))),
         (operators.sample, (leaf(R, V).detach(), -row(), 0.7, 0, 1.0, backend)),
     ]
 
@@ -140,6 +141,16 @@ def test_what_has_no_gradient_compiles_too() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(*inputs), step(*inputs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_rewards_of_as_many_sequences_as_tokens_compile_too() -> None:
+    """The lengths are looked at inside the operator, where tracing does not stop."""
+    torch._dynamo.reset()
+    compiled = torch.compile(token_rewards, fullgraph=True, backend="aot_eager")
+    cu = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
+    scores, logprobs = row(), row()
+    made = compiled(scores, logprobs, None, cu, kl_coef=0.0)
+    assert torch.equal(made, scores)
 
 
 def test_grad_output_scales_every_gradient() -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo_kernels import linear_ppo_loss, logits_ppo_loss, merge_stats, ppo_loss, token_logprobs
+from fastppo_kernels.backend import available
+from numerics import DEVICE
 from ppo_rows import SETTINGS, by_hand, head_inputs, row_inputs, vector
 
 
@@ -189,6 +191,16 @@ def test_aggregations_are_weight_vectors() -> None:
         assert whole.sum().item() == pytest.approx(expected, abs=1e-15), name
         parts = [ppo_loss(logprobs[s], None, A[s], weights[s])[0] for s in (slice(0, 1), slice(1, 4))]
         assert torch.equal(torch.autograd.grad(torch.stack(parts).sum(), logprobs)[0], whole), name
+
+
+@pytest.mark.parametrize("backend", available(torch.zeros(1, device=DEVICE)))
+def test_a_nan_log_prob_is_not_hidden(backend: str) -> None:
+    """Neither in the loss nor in the gradient, whose other rows are what they are without it."""
+    logprobs = torch.tensor([math.nan, -1.0], device=DEVICE, requires_grad=True)
+    old, ones = torch.tensor([-1.0, -1.2], device=DEVICE), torch.ones(2, device=DEVICE)
+    loss, _ = ppo_loss(logprobs, old, -ones, ones, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert loss.isnan() and gradient[0].isnan() and gradient[1].item() == pytest.approx(math.exp(0.2), rel=1e-6)
 
 
 @settings(max_examples=10)

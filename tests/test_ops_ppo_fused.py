@@ -102,7 +102,7 @@ def test_gradcheck_of_logits_and_log_prob_losses(kwargs: dict[str, Any], head: d
 @given(
     kwargs=SETTINGS,
     head=HEAD,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     R=st.sampled_from([1, 3, 63]),
 )
 def test_fused_losses_are_as_accurate_as_plain_autograd(
@@ -174,8 +174,10 @@ def test_inplace_writes_the_gradient_over_the_logits() -> None:
     assert torch.allclose(dleaf, 2 * expected) and dlogits.data_ptr() == logits.data_ptr()  # no second (R, V) tensor
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(loss, leaf)
-    with pytest.raises(ValueError, match="logits is a leaf that requires grad.*inplace=False"):
-        logits_ppo_loss(leaf, targets, **rows)
+    for owned in (leaf, leaf.view_as(leaf), leaf[:, :6]):  # a view is no leaf, but its memory is the leaf's
+        with pytest.raises(ValueError, match="logits is a leaf that requires grad, or a view.*inplace=False"):
+            logits_ppo_loss(owned, targets % 6, **rows)
+    logits_ppo_loss((leaf * 1)[:, :6], targets % 6, **rows)
 
 
 def test_inplace_cannot_corrupt_an_output_that_autograd_still_needs() -> None:
@@ -206,17 +208,6 @@ def test_autocast_does_not_reach_the_maths() -> None:
     expected, _ = linear_ppo_loss(hidden, weight, targets, **rows)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(linear_ppo_loss(hidden, weight, targets, **rows)[0], expected)
-
-
-def test_logits_dtype_rounds_the_logits() -> None:
-    hidden, weight, _, targets = head_inputs(40, 16, 50, torch.bfloat16)
-    z = (hidden.float() @ weight.float().T).bfloat16()
-    expected = z.double().log_softmax(-1)[torch.arange(40), targets].sum()
-    ones = torch.ones(40)
-    _, rounded = linear_ppo_loss(hidden, weight, targets, None, ones, ones, logits_dtype=torch.bfloat16)
-    _, exact = linear_ppo_loss(hidden, weight, targets, None, ones, ones)
-    assert rounded["logprob_sum"].item() == pytest.approx(expected.item(), abs=1e-3)
-    assert abs(exact["logprob_sum"] - expected) > 1e-3
 
 
 @pytest.mark.parametrize(

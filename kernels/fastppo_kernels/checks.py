@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: shapes and dtypes only, so they never wait for the device."""
+"""Argument checks shared by the ops: shapes, dtypes and devices only, so they never wait for the device."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,32 @@ def check_float(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.dtype not in FLOATS:
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless every given tensor lies on the device of the first: kernels follow plain addresses."""
+    given = {name: x.device for name, x in tensors.items() if x is not None}
+    first = next(iter(given))
+    for name, device in given.items():
+        if device != given[first]:
+            raise ValueError(
+                f"{name} must lie on the device of {first}, {given[first]}, got {device}; "
+                f"move it with .to({first}.device)"
+            )
+
+
+def check_gradient_dtype(**tensors: Tensor | None) -> None:
+    """Raise ValueError if a gradient of a float16 tensor is wanted, for ops that make it before grad_output is known.
+
+    A row's gradient is about its weight, 1e-5 in a minibatch of 100k tokens, times a probability: what a loss scale is
+    to keep from becoming 0 in float16 would be 0 before it is applied.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.dtype == torch.float16 and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"the gradient of {name} is made before a loss scale reaches it and would underflow in {x.dtype}; use "
+                "bfloat16 or float32, or token_logprobs with ppo_loss, or value_loss: they make it in the backward"
+            )
 
 
 def check_shape(shape: tuple[int, ...], letters: str, **tensors: Tensor | None) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "ppo_rows",
     "ppo_tokens",
     "sample",
+    "scale_",
     "token_rewards",
     "value_rows",
 ]
@@ -131,6 +132,12 @@ def moments(values: Tensor, mask: Tensor | None) -> Tensor:
     x, count = torch.where(live, values.double(), 0), live.sum().double()
     mean = x.sum() / count.clamp(min=1)
     return torch.stack([count, mean, torch.where(live, x - mean, 0).square().sum()])
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a number on the CPU, rounded once; where it is 1 nothing is read or written."""
+    if (number := factor.item()) != 1.0:
+        x.mul_(number)
 
 
 def sample(

@@ -49,6 +49,8 @@ def gae(
     num_sequences = checks.check_packed(cu_seqlens, rewards.shape[0], mask)
     checks.check_float(bootstrap_values=bootstrap_values)
     checks.check_shape((num_sequences,), "(B,)", bootstrap_values=bootstrap_values)
+    given = {"cu_seqlens": cu_seqlens, "mask": mask, "bootstrap_values": bootstrap_values}
+    checks.check_device(rewards=rewards, values=values, **given)
     for name, x in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= x <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {x}; the usual values are gamma = 1 and lam = 0.95")
@@ -74,7 +76,7 @@ def token_rewards(
     Args:
         scores: (B,) float, one per sequence, credited to its last action; or (N,) float, one per token, of which
             those at tokens that are no actions are ignored. B == N is read as (N,), which is the same thing as long as
-            every sequence has one token.
+            every sequence has one token; where one has not, the scores mean nothing (see Raises).
         logprobs: (N,) float, under the policy that sampled the tokens, in nats. Ignored where there is no action.
         ref_logprobs: (N,) float, under the reference policy; None only with kl_coef = 0.
         cu_seqlens: (B+1,) int32, from 0 to N.
@@ -88,8 +90,9 @@ def token_rewards(
         (N,) float32 (float64 if an input is), 0 where there is no action.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or B == N although some
-            sequence does not have one token, so that the scores can be read in two ways.
+        ValueError: shapes or dtypes do not fit together, a setting lies outside its range, or, on the CPU, B == N
+            although some sequence does not have one token, so that the scores can be read in two ways. A GPU is not
+            asked for the lengths: there every reward is NaN then.
     """
     checks.check_rows(logprobs.shape[0] if logprobs.ndim else -1, logprobs=logprobs, ref_logprobs=ref_logprobs)
     checks.check_float(scores=scores)
@@ -99,11 +102,8 @@ def token_rewards(
         raise ValueError(
             f"scores must be (B,) = ({num_sequences},) or (N,) = ({num_tokens},), got {tuple(scores.shape)}"
         )
-    if num_sequences == num_tokens and not bool((cu_seqlens.diff() == 1).all()):
-        raise ValueError(
-            f"scores of shape (B,) = (N,) = ({num_tokens},) can be per sequence or per token when sequences have "
-            "other lengths than 1; drop the sequences of length 0"
-        )
+    given = {"ref_logprobs": ref_logprobs, "cu_seqlens": cu_seqlens, "mask": mask}
+    checks.check_device(scores=scores, logprobs=logprobs, **given)
     if not kl_coef >= 0.0 or (kl_coef and ref_logprobs is None):
         raise ValueError(f"kl_coef must be >= 0, and 0 if ref_logprobs is None, got {kl_coef}")
     if kl_estimator not in ("k1", "k2", "k3"):

@@ -1,33 +1,67 @@
 """The LM head one chunk of rows at a time: no (R, V) tensor exists, and one buffer serves every chunk.
 
 Logits are made in float32 and overwritten by their gradient, in the dtype of the operands, in the same memory.
+
+The library of a GPU picks its algorithm by the shape of a product, and with it the order of summation. So there every
+product of hidden states or of their gradient has as many rows, the last one padded: a row's bits do not depend on how
+many there are. (In the sum over rows that is the weight's gradient they all take part.)
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo_kernels.linear import add_product, product, product_into, runs_onednn
 from fastppo_kernels.reference import working_dtype
 
 # Bytes of a chunk's float32 logits, unless that is fewer than MIN_CHUNK_ROWS. CPU: what the C library keeps when it is
-# freed, while two are alive; a larger result of every product is new pages. GPU: enough rows for full matrix products.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+# freed; a larger result of every product is new pages. GPU: what a chunk costs beyond its products is one reading and
+# writing of the weight's gradient, 8 V H bytes, so few chunks.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
 MIN_CHUNK_ROWS = 256  # below this, reading the weight and adding to its gradient takes longer than multiplying
+PIECE_ROWS = 1024  # on a GPU: fills an H200 with 128 x 256 tiles when H = 4096, and half of it is what padding costs
 STRIDE = 64  # elements: every row of the buffer begins at a multiple of 16 bytes, whatever the vocabulary
 
 
 def default_chunk_size(vocab_size: int, device: torch.device) -> int:
     """Rows per chunk, from V and the device alone, so that R does not change how a row is computed."""
-    return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+    return _whole_pieces(rows) if pads_products(device) else rows
+
+
+def pads_products(device: torch.device) -> bool:
+    """Whether products there always have as many rows: not on the CPU, whose bits are the same for any number."""
+    return device.type != "cpu"
+
+
+@contextmanager
+def exact_products(x: Tensor) -> Iterator[None]:
+    """Context of the products: autocast does not reach them, and no partial sum is rounded to bfloat16 or float16.
+
+    Float32 operands on a GPU follow `torch.set_float32_matmul_precision`, as everywhere.
+    """
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)) for name in names}
+    try:
+        for name, (_, split_k) in before.items():
+            setattr(matmul, name, (False, split_k))
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        for name, allowed in before.items():
+            setattr(matmul, name, allowed)
 
 
 class ChunkedHead:
     """Products of the LM head with chunks of hidden states, and the gradients of both (and of the bias).
 
     On the CPU every operand is converted to the working dtype once; on a GPU bfloat16 and float16 operands are
-    multiplied as they are and accumulated in float32. The weight's gradient is accumulated in the working dtype.
+    multiplied as they are and accumulated in float32. The weight's gradient is accumulated in the working dtype. Both
+    the products and the row kernels between them belong inside `exact_products`.
     """
 
     def __init__(
@@ -38,27 +72,29 @@ class ChunkedHead:
         *,
         chunk_size: int | None,
         wanted: tuple[bool, bool, bool] = (False, False, False),  # gradients of hidden, weight, bias
-        logits_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dtype = working_dtype(hidden)
         common = torch.promote_types(hidden.dtype, weight.dtype)
         self.operand_dtype = common if hidden.device.type != "cpu" else self.dtype
         self.hidden, self.weight = hidden.to(self.operand_dtype), weight.to(self.operand_dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size or default_chunk_size(weight.shape[0], hidden.device)
-        self.onednn = runs_onednn(self.hidden)
+        self.piece = 0  # rows of every product; 0: as many as there are
+        if pads_products(hidden.device):
+            self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
+        self.onednn = runs_onednn(self.hidden) and not self.piece
         self.mixed = self.operand_dtype != self.dtype
-        vocab_size = weight.shape[0]
+        vocab_size, num_rows = weight.shape[0], hidden.shape[0]
         self.direct = self.onednn and _is_kept(self.chunk_size, vocab_size)  # whatever R is, for equal bits
-        rows = 0 if self.direct else min(self.chunk_size, hidden.shape[0])
+        rows = 0 if self.direct else self._padded(min(self.chunk_size, num_rows))
         stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]
-        self.dhidden = torch.empty_like(self.hidden) if wanted[0] else None
+        self.dhidden = self.hidden.new_empty(self._padded(num_rows), hidden.shape[1]) if wanted[0] else None
         # (V, H); a small one laid out as (H, V), the way its products come
         self.by_columns = self.onednn and _is_kept(*weight.shape)
         shape = weight.shape[::-1] if self.by_columns else weight.shape
-        dweight = weight.new_zeros(shape, dtype=self.dtype) if wanted[1] else None
+        make = torch.zeros if self.onednn or num_rows == 0 else torch.empty  # else the first chunk fills it
+        dweight = make(shape, dtype=self.dtype, device=weight.device) if wanted[1] else None
         self.dweight = dweight.T if dweight is not None and self.by_columns else dweight
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
@@ -70,21 +106,16 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
-        hidden = self.hidden[rows]
-        logits = self.buffer[: hidden.shape[0]]
-        if self.direct:
-            logits = product(hidden, self.weight, self.bias)
-        elif self.onednn:
-            product_into(logits, hidden, self.weight, self.bias)
-        elif self.mixed:
-            torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=logits)
-        else:
-            torch.mm(hidden, self.weight.T, out=logits)
-        if self.bias is not None and not self.onednn:
-            logits.add_(self.bias)
-        if self.logits_dtype != torch.float32:
-            logits.copy_(logits.to(self.logits_dtype))
-        return logits
+        num_rows = rows.stop - rows.start
+        logits = self.buffer[:num_rows]
+        if self.direct or (self.onednn and num_rows == 1):
+            return _product(self.hidden[rows], self.weight, self.bias)
+        if self.onednn:
+            product_into(logits, self.hidden[rows], self.weight, self.bias)
+            return logits
+        for piece, place in self._pieces(rows):
+            _multiply(self._hidden(piece), self.weight.T, self.buffer[place])
+        return logits if self.bias is None else logits.add_(self.bias)
 
     def dlogits(self, logits: Tensor) -> Tensor:
         """Where the gradient of a chunk goes: over the logits, row by row, in the dtype that is multiplied next."""
@@ -95,28 +126,71 @@ class ChunkedHead:
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
         if self.dhidden is not None and self.onednn:
-            self.dhidden[rows] = product(dlogits, self.weight.T)
+            self.dhidden[rows] = _product(dlogits, self.weight.T)
         elif self.dhidden is not None:
-            torch.mm(dlogits, self.weight, out=self.dhidden[rows])
+            padded = self.dlogits(self.buffer)  # and with rows of padding below, whose gradient is not looked at
+            for piece, place in self._pieces(rows):
+                _multiply(padded[place], self.weight, self.dhidden[piece])
         if self.dweight is not None:
-            self._accumulate_weight(self.dweight, self.hidden[rows], dlogits)
+            self._accumulate_weight(self.dweight, rows, dlogits)
 
     def gradients(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden, weight and bias, in the dtypes of these `inputs`; of no element where not wanted."""
-        nothing = self.hidden.new_empty(0)
-        made = zip((self.dhidden, self.dweight, self.dbias), inputs, strict=True)
+        """Of hidden, weight and bias, in the dtypes of these `inputs`; of no element where not wanted.
+
+        Comes last: the buffer and a copy of the weight are freed first, so that gradients of another dtype may take
+        their place.
+        """
+        self.buffer = self.weight = nothing = self.hidden.new_empty(0)
+        dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
+        made = zip((dhidden, self.dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
         return a, b, c
 
-    def _accumulate_weight(self, dweight: Tensor, hidden: Tensor, dlogits: Tensor) -> None:
+    def _accumulate_weight(self, dweight: Tensor, rows: slice, dlogits: Tensor) -> None:
+        hidden = self.hidden[rows]
         if self.by_columns:
             dweight.T.add_(product(hidden.T, dlogits.T))
         elif self.onednn:
             add_product(dweight, dlogits, hidden)
+        elif rows.start == 0:
+            _multiply(dlogits.T, hidden, dweight)
         elif self.mixed:
             torch.addmm(dweight, dlogits.T, hidden, out_dtype=self.dtype, out=dweight)
         else:
             dweight.addmm_(dlogits.T, hidden)
+
+    def _pieces(self, rows: slice) -> Iterator[tuple[slice, slice]]:
+        """Rows of every product of a chunk, which may go past the last row, and where they lie in the buffer."""
+        step = self.piece or rows.stop - rows.start
+        for start in range(rows.start, rows.stop, step):
+            place = start - rows.start
+            yield slice(start, start + step), slice(place, place + step)
+
+    def _hidden(self, piece: slice) -> Tensor:
+        """Hidden states of a piece, zeros past the last row."""
+        missing = max(piece.stop - self.hidden.shape[0], 0)
+        return F.pad(self.hidden[piece], (0, 0, 0, missing)) if missing else self.hidden[piece]
+
+    def _padded(self, num_rows: int) -> int:
+        """So many rows and what the padding adds."""
+        return -(-num_rows // self.piece) * self.piece if self.piece else num_rows
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product`, whose library sums a single row in another order than that row among others: here it has company."""
+    return product(a, b, bias) if a.shape[0] != 1 else product(a.expand(2, -1), b, bias)[:1]
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, in the dtype of `out`."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _whole_pieces(chunk_size: int) -> int:
+    return chunk_size - chunk_size % min(PIECE_ROWS, chunk_size)
 
 
 def _is_kept(num_rows: int, num_columns: int) -> bool:

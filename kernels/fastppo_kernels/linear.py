@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastppo_kernels.checks import check_shape
+from fastppo_kernels.checks import check_device, check_shape
 
 TILE_BYTES = 1 << 20  # of one result of `product`, which is new memory: so much stays in the cache of a core
 
@@ -29,6 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., V) in the dtype of `x`, differentiable in all three.
     """
     check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
+    check_device(x=x, weight=weight, bias=bias)
     if not runs_onednn(x) or x.numel() == 0:
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])

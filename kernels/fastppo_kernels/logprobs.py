@@ -57,8 +57,9 @@ def token_logprobs(
 
     Differentiable in hidden, weight and bias. Inputs that need no gradient cause no work in the backward, and without
     gradients nothing is kept. Memory beyond the results is one chunk of logits. Arithmetic is float32 (float64 for
-    float64 hidden) whatever the inputs' dtype and whatever autocast says; the gradient of `weight` is accumulated in
-    that dtype and returned in the weight's own.
+    float64 hidden) whatever the inputs' dtype and whatever autocast says; products of float32 tensors on a GPU follow
+    `torch.set_float32_matmul_precision`. The gradient of `weight` is accumulated in that dtype and returned in the
+    weight's own. The bits of a row depend on neither the other rows nor how many there are.
 
     Args:
         hidden: (R, H) float, the inputs of the LM head at the positions that predict the targets.
@@ -68,7 +69,7 @@ def token_logprobs(
         temperature: divides the logits; > 0. The sampler's own, or ratios are off before the first update.
         softcap: cap of cap * tanh(logits / cap), applied before the temperature; None for none.
         return_entropy: also return the entropy of each row's distribution, in nats.
-        chunk_size: rows per chunk; None takes the default for V and the device.
+        chunk_size: rows per chunk, at most; None takes the default for V and the device.
         group: torch.distributed process group over whose ranks the vocabulary is split: `weight` and `bias` are the
             equal share of this rank, in rank order, all else is the same on every rank. None: not split.
         backend: "triton", "native" or "reference"; None lets `choose_backend` decide.
@@ -81,10 +82,12 @@ def token_logprobs(
     """
     checks.check_head(hidden, weight, bias, chunk_size)
     checks.check_targets(targets, hidden.shape[0])
+    checks.check_device(hidden=hidden, weight=weight, bias=bias, targets=targets)
     head = HeadSettings(temperature=temperature, softcap=softcap)
     name = choose_backend("token_logprobs", backend, hidden)
     if group is not None:
-        logprobs, entropy = parallel.TokenLogprobs.apply(hidden, weight, bias, targets, head, chunk_size, name, group)
+        split = (head, return_entropy, chunk_size, name, group)
+        logprobs, entropy = parallel.TokenLogprobs.apply(hidden, weight, bias, targets, *split)
         return (logprobs, entropy) if return_entropy else logprobs
     logprobs, entropy = operators.token_logprobs(
         hidden, weight, bias, targets, temperature, softcap, return_entropy, chunk_size, name
@@ -136,6 +139,7 @@ def logits_token_logprobs(
     """
     checks.check_logits(logits)
     checks.check_targets(targets, logits.shape[0])
+    checks.check_device(logits=logits, targets=targets)
     HeadSettings(temperature=temperature, softcap=softcap)
     name = choose_backend("logits_token_logprobs", backend, logits)
     logprobs, entropy = operators.logits_token_logprobs(logits, targets, temperature, softcap, return_entropy, name)

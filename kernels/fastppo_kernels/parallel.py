@@ -9,6 +9,9 @@ largest m, log s = log sum exp(z - m), its entropy H_r and the target's logit if
 and the gradient for d log p_y = c, dH = e of its logits, with q its own softmax, p = w q, is the one-rank gradient for
 
     c' = w (c + e (log w + H - H_r))        e' = w e        and any own column, where c or 0 replaces c'.
+
+Collectives are called between the products, so these are autograd Functions, not operators of torch.library:
+torch.compile has to leave them out.
 """
 
 from types import ModuleType
@@ -19,19 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastppo_kernels import backend as backends
-from fastppo_kernels.head import ChunkedHead
+from fastppo_kernels import operators
+from fastppo_kernels.head import ChunkedHead, exact_products
 from fastppo_kernels.reference import PPORows, working_dtype
 from fastppo_kernels.settings import HeadSettings, PPOSettings
-from fastppo_kernels.table import PPO_COLUMNS
+from fastppo_kernels.table import PPO_COLUMNS, with_sums
 
-LOSS, DLOGPROB = PPO_COLUMNS.index("loss"), PPO_COLUMNS.index("dlogprob")
+DLOGPROB = PPO_COLUMNS.index("dlogprob")
 
 
 class Combined(NamedTuple):
     """A chunk of C rows over all ranks, and what this rank needs for its part of the gradient; (C,) each."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor  # 0 where it was not asked for, as is the next
     own_entropy: Tensor
     log_mass: Tensor  # log w of this rank
     column: Tensor  # int64, the target's own column, or any where it is another rank's
@@ -40,18 +44,19 @@ class Combined(NamedTuple):
     empty: Tensor  # bool: all own columns are masked
 
 
-def combine(logits: Tensor, targets: Tensor, head: HeadSettings, module: ModuleType, group: Any) -> Combined:
+def combine(
+    logits: Tensor, targets: Tensor, head: HeadSettings, module: ModuleType, group: Any, *, entropy: bool
+) -> Combined:
     """Log-probs and entropies of a chunk of logits (C, V') over the ranks of `group`."""
     column = targets - dist.get_rank(group) * logits.shape[1]
     is_own = (column >= 0) & (column < logits.shape[1])
     column = torch.where(is_own, column, 0)
     top, place = logits.max(1)
     empty = top == -torch.inf
-    log_top, entropy = module.logprob_rows(logits, place, head, entropy=True)
+    log_top, own = module.logprob_rows(logits, place, head, entropy=entropy)
+    own = torch.zeros_like(log_top) if own is None else torch.where(empty, 0, own)
     at_target, slope = _capped(logits.gather(1, column[:, None]).squeeze(1), head)
-    mine = torch.stack(
-        [_capped(top, head)[0], torch.where(empty, 0, -log_top), torch.where(empty, 0, entropy), at_target], 1
-    )
+    mine = torch.stack([_capped(top, head)[0], torch.where(empty, 0, -log_top), own, at_target], 1)
     mine[:, 3].masked_fill_(~is_own, -torch.inf)
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyones, mine, group=group)
@@ -63,7 +68,7 @@ def combine(logits: Tensor, targets: Tensor, head: HeadSettings, module: ModuleT
     finite = torch.where(log_w > -torch.inf, log_w, 0)
     return Combined(
         (z.amax(0) - overall) / head.temperature - log_sum,
-        (log_w.exp() * (entropies - finite)).sum(0),
+        (log_w.exp() * (entropies - finite)).sum(0) if entropy else own,
         mine[:, 2],
         finite[dist.get_rank(group)],
         column,
@@ -115,16 +120,19 @@ class TokenLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         head: HeadSettings,
+        entropy: bool,
         chunk_size: int | None,
         backend: str,
         group: Any,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.settings = head, chunk_size, backends.load(backend), group
-        parts = [
-            combine(logits, targets[rows], head, ctx.settings[2], group)[:2]
-            for rows, logits in _logits(ChunkedHead(hidden, weight, bias, chunk_size=chunk_size))
-        ]
+        ctx.settings, module = (head, entropy, chunk_size, backend, group), backends.load(backend)
+        chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size)
+        with exact_products(hidden):
+            parts = [
+                combine(chunked.logits(rows), targets[rows], head, module, group, entropy=entropy)[:2]
+                for rows in chunked.chunks()
+            ]
         nothing = hidden.new_empty(0, dtype=working_dtype(hidden))
         logprobs, entropies = zip(*parts, strict=True) if parts else ((nothing,), (nothing,))
         return torch.cat(logprobs), torch.cat(entropies)
@@ -132,20 +140,23 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        head, chunk_size, module, group = ctx.settings
-        wanted = ctx.needs_input_grad[:3]
+        head, entropy, chunk_size, backend, group = ctx.settings
+        module, wanted = backends.load(backend), ctx.needs_input_grad[:3]
         chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, wanted=wanted)
-        for rows, logits in _logits(chunked):
-            found = combine(logits, targets[rows], head, module, group)
-            dlogits = chunked.dlogits(logits)
-            dlogprobs, dentropy = (g[rows].contiguous() for g in grads)
-            backward(logits, found, dlogprobs, dentropy, head, module, dlogits=dlogits)
-            chunked.accumulate(rows, dlogits)
-        return *_gradients(chunked, (hidden, weight, bias), wanted, group), *[None] * 5
+        with exact_products(hidden):
+            for rows in chunked.chunks():
+                logits = chunked.logits(rows)
+                found = combine(logits, targets[rows], head, module, group, entropy=entropy)
+                dlogits = chunked.dlogits(logits)
+                dlogprobs, dentropy = (g[rows].contiguous() for g in grads)
+                slopes = (dlogprobs, dentropy if entropy else None)
+                backward(logits, found, *slopes, head, module, dlogits=dlogits)
+                chunked.accumulate(rows, dlogits)
+        return *_gradients(chunked, (hidden, weight, bias), wanted, group), *[None] * 6
 
 
 class LinearPPO(torch.autograd.Function):
-    """(loss, PPO table) over the group, the gradient made along with it."""
+    """(loss, sums of the PPO table) over the group, the gradient made along with it."""
 
     @staticmethod
     def forward(
@@ -157,8 +168,8 @@ class LinearPPO(torch.autograd.Function):
         rows: PPORows,
         settings: PPOSettings,
         head: HeadSettings,
+        entropy: bool,
         chunk_size: int | None,
-        logits_dtype: torch.dtype,
         backend: str,
         group: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -166,35 +177,34 @@ class LinearPPO(torch.autograd.Function):
         live = rows.weights != 0
         rows, targets = rows.cleaned(live, dtype), torch.where(live, targets, 0)
         x = torch.where(live[:, None], hidden, 0)
-        chunked = ChunkedHead(x, weight, bias, chunk_size=chunk_size, wanted=wanted, logits_dtype=logits_dtype)
+        chunked = ChunkedHead(x, weight, bias, chunk_size=chunk_size, wanted=wanted)
         table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
-        for some, logits in _logits(chunked):
-            found, of_chunk = combine(logits, targets[some], head, module, group), rows.take(some)
-            table[some] = module.ppo_tokens(found.logprobs, found.entropy, of_chunk, settings)
-            if any(wanted):
-                dlogits, dentropy = chunked.dlogits(logits), -settings.entropy_coef * of_chunk.weights
-                backward(logits, found, table[some, DLOGPROB], dentropy, head, module, dlogits=dlogits)
-                chunked.accumulate(some, dlogits)
+        with exact_products(hidden):
+            for some in chunked.chunks():
+                logits, of_chunk = chunked.logits(some), rows.take(some)
+                found = combine(logits, targets[some], head, module, group, entropy=entropy)
+                table[some] = module.ppo_tokens(found.logprobs, found.entropy, of_chunk, settings)
+                if any(wanted):
+                    dlogits = chunked.dlogits(logits)
+                    dentropy = -settings.entropy_coef * of_chunk.weights if settings.entropy_coef else None
+                    backward(logits, found, table[some, DLOGPROB], dentropy, head, module, dlogits=dlogits)
+                    chunked.accumulate(some, dlogits)
         ctx.save_for_backward(*_gradients(chunked, (hidden, weight, bias), wanted, group))
-        ctx.mark_non_differentiable(table)
-        return table[:, LOSS].double().sum().to(dtype), table
+        loss, _, sums = with_sums(table)
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if made is None else made * grads[0].to(made.dtype) for made in ctx.saved_tensors)
-        return *scaled, *[None] * 8
-
-
-def _logits(chunked: ChunkedHead) -> Any:
-    for rows in chunked.chunks():
-        with torch.autocast(chunked.hidden.device.type, enabled=False):
-            yield rows, chunked.logits(rows)
+        wanted = [made is not None for made in ctx.saved_tensors]
+        return *operators.scaled(ctx.saved_tensors, grads[0], wanted), *[None] * 8
 
 
 def _gradients(
     chunked: ChunkedHead, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], group: Any
 ) -> list[Tensor | None]:
-    """Of hidden, summed over the ranks, and of this rank's weight and bias."""
+    """Of hidden, summed over the ranks in the working dtype, and of this rank's weight and bias."""
     if chunked.dhidden is not None:
+        chunked.dhidden = chunked.dhidden.to(chunked.dtype)
         dist.all_reduce(chunked.dhidden, group=group)
     return [made if need else None for made, need in zip(chunked.gradients(*inputs), wanted, strict=True)]

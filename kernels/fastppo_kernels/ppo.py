@@ -17,7 +17,7 @@ from fastppo_kernels.backend import choose_backend
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings, PPOOptions, PPOSettings
 from fastppo_kernels.stats import Stats
-from fastppo_kernels.table import ppo_sums
+from fastppo_kernels.table import ppo_stats
 
 
 def ppo_loss(
@@ -68,13 +68,14 @@ def ppo_loss(
     checks.check_rows(logprobs.shape[0] if logprobs.ndim else -1, logprobs=logprobs, entropy=entropy)
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
     _check_rows(rows, logprobs.shape[0], settings)
+    checks.check_device(logprobs=logprobs, entropy=entropy, **rows._asdict())
     if settings.entropy_coef and entropy is None:
         raise ValueError(
             f"entropy_coef = {settings.entropy_coef} needs entropy; take it from token_logprobs(return_entropy=True)"
         )
     name = choose_backend("ppo_loss", backend, logprobs)
-    loss, table = operators.ppo_tokens(logprobs, entropy, *rows[:5], settings.encoded(), name)
-    return loss, _stats(table, rows, entropy is not None)
+    loss, _, sums = operators.ppo_tokens(logprobs, entropy, *rows[:5], settings.encoded(), name)
+    return loss, _stats(sums, rows, entropy is not None)
 
 
 def logits_ppo_loss(
@@ -108,25 +109,31 @@ def logits_ppo_loss(
         (loss, stats) as in `ppo_loss`. The gradient has the dtype of the logits.
 
     Raises:
-        ValueError: as in `ppo_loss`, or `inplace` on a leaf that requires grad, which is not this op's to overwrite.
+        ValueError: as in `ppo_loss`; a gradient of float16 logits is wanted, which would be rounded before a loss scale
+            reaches it; or `inplace` on a leaf that requires grad or a view of one, not this op's to overwrite.
     """
     settings = PPOSettings(**options)
     checks.check_logits(logits)
     checks.check_targets(targets, logits.shape[0])
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights)
     _check_rows(rows, logits.shape[0], settings)
+    checks.check_device(logits=logits, targets=targets, **rows._asdict())
+    checks.check_gradient_dtype(logits=logits)
     grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and grad and logits.is_leaf:
-        raise ValueError("logits is a leaf that requires grad, got inplace=True; pass inplace=False to keep its values")
+    if inplace and grad and _owned_by_a_leaf(logits):
+        raise ValueError(
+            "logits is a leaf that requires grad, or a view of one, got inplace=True; "
+            "pass inplace=False to keep its values"
+        )
     HeadSettings(temperature=temperature, softcap=softcap)
     name = choose_backend("logits_ppo_loss", backend, logits)
     entropy = with_entropy or settings.entropy_coef != 0.0
     arguments = (targets, *rows[:5], temperature, softcap, settings.encoded(), entropy)
     if inplace and grad:
-        loss, table = _InplacePPO.apply(logits, *arguments, name)
+        loss, sums = _InplacePPO.apply(logits, *arguments, name)
     else:
-        loss, table, _ = operators.logits_ppo(logits, *arguments, grad, name)
-    return loss, _stats(table, rows, entropy)
+        loss, _, sums, _ = operators.logits_ppo(logits, *arguments, grad, name)
+    return loss, _stats(sums, rows, entropy)
 
 
 def linear_ppo_loss(
@@ -145,7 +152,6 @@ def linear_ppo_loss(
     with_entropy: bool = False,
     sampler_logprobs: Tensor | None = None,
     chunk_size: int | None = None,
-    logits_dtype: torch.dtype = torch.float32,
     group: Any = None,
     backend: str | None = None,
     **options: Unpack[PPOOptions],
@@ -153,8 +159,9 @@ def linear_ppo_loss(
     """`ppo_loss` from hidden states and the LM head: differentiable in hidden, weight and bias.
 
     The gradient is made along with the loss, one chunk of logits at a time; without a gradient only the loss is made.
-    On the CPU rows of weight 0 never enter a product. Gradients are accumulated in float32, and returned in the dtype
-    of their input.
+    Memory beyond the gradients is one chunk of logits, and on the CPU float32 copies of bfloat16 inputs. Gradients are
+    accumulated in float32, and returned in the dtype of their input. On the CPU rows of weight 0 never enter a product;
+    on a GPU, which is not asked how many there are, they cost what the others cost: leave them out.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, chunk_size: as in `token_logprobs`. Targets of rows of
@@ -162,8 +169,6 @@ def linear_ppo_loss(
         with_entropy: put entropy_sum into the statistics though entropy_coef is 0.
         sampler_logprobs: (R,) of whoever drew the targets; adds gap_sum and gap_max, |log-prob - sampler_logprobs|, to
             the statistics and changes nothing else.
-        logits_dtype: what the logits are rounded to before the row maths: float32, or the dtype of `hidden`, which
-            costs accuracy of the ratio (6 % at worst in bfloat16).
         group: as in `token_logprobs`; every rank passes the same rows and gets the same loss.
         All others: as in `ppo_loss`.
 
@@ -171,29 +176,27 @@ def linear_ppo_loss(
         (loss, stats) as in `ppo_loss`.
 
     Raises:
-        ValueError: as in `ppo_loss` and `token_logprobs`.
+        ValueError: as in `ppo_loss` and `token_logprobs`, or a gradient of a float16 tensor is wanted.
     """
     settings = PPOSettings(**options)
     checks.check_head(hidden, weight, bias, chunk_size)
     checks.check_targets(targets, hidden.shape[0])
     rows = PPORows(old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs)
     _check_rows(rows, hidden.shape[0], settings)
-    if logits_dtype not in (torch.float32, hidden.dtype):
-        raise ValueError(
-            f"logits_dtype must be torch.float32 or the dtype of hidden ({hidden.dtype}), got {logits_dtype}"
-        )
+    checks.check_device(hidden=hidden, weight=weight, bias=bias, targets=targets, **rows._asdict())
+    checks.check_gradient_dtype(hidden=hidden, weight=weight, bias=bias)
     head = HeadSettings(temperature=temperature, softcap=softcap)
     name = choose_backend("linear_ppo_loss", backend, hidden)
     entropy = with_entropy or settings.entropy_coef != 0.0
     if group is not None:
-        split = (settings, head, chunk_size, logits_dtype, name, group)
-        loss, table = parallel.LinearPPO.apply(hidden, weight, bias, targets, rows, *split)
-        return loss, _stats(table, rows, entropy)
-    options_of_head = (temperature, softcap, settings.encoded(), entropy, chunk_size, logits_dtype)
-    loss, table, *_ = operators.linear_ppo(
+        split = (settings, head, entropy, chunk_size, name, group)
+        loss, sums = parallel.LinearPPO.apply(hidden, weight, bias, targets, rows, *split)
+        return loss, _stats(sums, rows, entropy)
+    options_of_head = (temperature, softcap, settings.encoded(), entropy, chunk_size)
+    loss, _, sums, *_ = operators.linear_ppo(
         hidden, weight, bias, targets, *rows, *options_of_head, _wanted(hidden, weight, bias), name
     )
-    return loss, _stats(table, rows, entropy)
+    return loss, _stats(sums, rows, entropy)
 
 
 class _InplacePPO(torch.autograd.Function):
@@ -202,11 +205,11 @@ class _InplacePPO(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         dlogits = logits.detach()
-        loss, table = operators.logits_ppo_(dlogits, *arguments)
+        loss, _, sums = operators.logits_ppo_(dlogits, *arguments)
         ctx.save_for_backward(dlogits)
         ctx.num_arguments, ctx.spent = len(arguments), False
-        ctx.mark_non_differentiable(table)
-        return loss, table
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,7 +220,13 @@ class _InplacePPO(torch.autograd.Function):
             )
         ctx.spent = True
         (dlogits,) = ctx.saved_tensors
-        return dlogits.mul_(grads[0]), *[None] * ctx.num_arguments
+        operators.scale_(dlogits, grads[0])
+        return dlogits, *[None] * ctx.num_arguments
+
+
+def _owned_by_a_leaf(x: Tensor) -> bool:
+    """Whether the memory of `x`, which requires grad, is a leaf's: its own or that it is a view of."""
+    return x.is_leaf or (x._base is not None and x._base.is_leaf)
 
 
 def _check_rows(rows: PPORows, num_rows: int, settings: PPOSettings) -> None:
@@ -231,11 +240,6 @@ def _wanted(*inputs: Tensor | None) -> list[bool]:
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
 
 
-def _stats(table: Tensor, rows: PPORows, entropy: bool) -> Stats:
-    _, stats = ppo_sums(
-        table.detach(),
-        entropy=entropy,
-        reference=rows.ref_logprobs is not None,
-        sampler=rows.sampler_logprobs is not None,
-    )
-    return stats
+def _stats(sums: Tensor, rows: PPORows, entropy: bool) -> Stats:
+    has = {"reference": rows.ref_logprobs is not None, "sampler": rows.sampler_logprobs is not None}
+    return ppo_stats(sums.detach(), entropy=entropy, **has)

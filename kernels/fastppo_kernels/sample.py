@@ -66,6 +66,7 @@ def sample(
     """
     checks.check_logits(logits)
     checks.check_rows(logits.shape[0], uniform=uniform)
+    checks.check_device(logits=logits, uniform=uniform)
     if not temperature > 0.0:
         raise ValueError(f"temperature must be > 0, got {temperature}; for greedy decoding pass top_k=1")
     if top_k < 0 or not 0.0 < top_p <= 1.0:

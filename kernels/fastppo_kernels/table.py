@@ -15,7 +15,6 @@ A row kernel writes a PPO line of 16 float32 numbers, 64 bytes, next to the grad
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastppo_kernels import reference
@@ -28,6 +27,7 @@ PPO_COLUMNS = (
     *("clip_low", "clip_high", "dual_clip", "ref_k1", "ref_k3", "gap", "dlogprob", "live"),
 )
 VALUE_COLUMNS = ("loss", "value", "error_sq", "clipped", "return", "dvalue", "live", "unused")
+LOSS = 0  # first in both
 
 
 def ppo_table(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings: PPOSettings) -> Tensor:
@@ -65,7 +65,7 @@ def ppo_table(logprobs: Tensor, entropy: Tensor | None, rows: PPORows, settings:
 def _dlogprob(logprobs: Tensor, rows: PPORows, terms: PPOTerms, settings: PPOSettings) -> Tensor:
     """Derivative of a row's objective, by hand: autograd does not run inside an operator."""
     limit = reference.EXPONENT_LIMIT
-    follows = ~terms.clipped & ~terms.dual_clipped & (terms.log_ratio.abs() <= limit)
+    follows = ~(terms.clipped | terms.dual_clipped | (terms.log_ratio.abs() > limit))  # so that a NaN is followed
     slope = torch.where(follows, -rows.advantages * terms.ratio, 0)
     if rows.is_weights is not None:
         slope = rows.is_weights * slope
@@ -79,33 +79,46 @@ def _dlogprob(logprobs: Tensor, rows: PPORows, terms: PPOTerms, settings: PPOSet
     return slope
 
 
-def ppo_sums(table: Tensor, *, entropy: bool, reference: bool, sampler: bool) -> tuple[Tensor, Stats]:
-    """(loss (), stats) of a PPO table, summed in float64; the flags say which optional columns were filled."""
-    column = dict(zip(PPO_COLUMNS, table.double().T, strict=True))
-    summed = {
-        "token_count": column["live"],
-        "policy_loss_sum": column["policy_loss"],
-        "kl_loss_sum": column["kl_loss"],
-        "clip_count": column["clip_low"] + column["clip_high"],
-        "clip_low_count": column["clip_low"],
-        "clip_high_count": column["clip_high"],
-        "dual_clip_count": column["dual_clip"],
-        "ratio_sum": column["ratio"],
-        "ratio_sq_sum": column["ratio"].square(),
-        "old_k1_sum": -column["log_ratio"],
-        "old_k2_sum": 0.5 * column["log_ratio"].square(),
-        "old_k3_sum": column["old_k3"],
-        "logprob_sum": column["logprob"],
+def with_sums(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), table, sums (3, columns) float64): sum, sum of squares and maximum of every column.
+
+    All that the loss and the statistics need of a table, in one place: a launch each on a GPU.
+    """
+    wide = table.double()
+    if table.shape[0] == 0:
+        sums = wide.new_zeros(3, table.shape[1])
+    else:
+        sums = torch.stack([wide.sum(0), wide.square().sum(0), wide.amax(0)])
+    return sums[0, LOSS].to(table.dtype, copy=True), table, sums
+
+
+def ppo_stats(sums: Tensor, *, entropy: bool, reference: bool, sampler: bool) -> Stats:
+    """The statistics from the sums of a PPO table; the flags say which optional columns were filled."""
+    total, square, largest = (dict(zip(PPO_COLUMNS, line, strict=True)) for line in sums.unbind())
+    stats = {
+        "token_count": total["live"],
+        "policy_loss_sum": total["policy_loss"],
+        "kl_loss_sum": total["kl_loss"],
+        "clip_count": total["clip_low"] + total["clip_high"],
+        "clip_low_count": total["clip_low"],
+        "clip_high_count": total["clip_high"],
+        "dual_clip_count": total["dual_clip"],
+        "ratio_sum": total["ratio"],
+        "ratio_sq_sum": square["ratio"],
+        "ratio_max": largest["ratio"],
+        "old_k1_sum": -total["log_ratio"],
+        "old_k2_sum": 0.5 * square["log_ratio"],
+        "old_k3_sum": total["old_k3"],
+        "logprob_sum": total["logprob"],
     }
-    largest = {"ratio_max": column["ratio"]}
     if entropy:
-        summed["entropy_sum"] = column["entropy"]
+        stats["entropy_sum"] = total["entropy"]
     if reference:
-        summed["ref_k1_sum"], summed["ref_k3_sum"] = column["ref_k1"], column["ref_k3"]
-        summed["ref_k2_sum"] = 0.5 * column["ref_k1"].square()
+        stats["ref_k1_sum"], stats["ref_k3_sum"] = total["ref_k1"], total["ref_k3"]
+        stats["ref_k2_sum"] = 0.5 * square["ref_k1"]
     if sampler:
-        summed["gap_sum"] = largest["gap_max"] = column["gap"]
-    return column["loss"].sum().to(table.dtype), _reduced(summed, largest)
+        stats["gap_sum"], stats["gap_max"] = total["gap"], largest["gap"]
+    return stats
 
 
 def value_table(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
@@ -125,24 +138,16 @@ def value_table(values: Tensor, old_values: Tensor, returns: Tensor, weights: Te
     return torch.where(live[:, None], stacked, 0)
 
 
-def value_sums(table: Tensor) -> tuple[Tensor, Stats]:
-    """(loss (), stats) of a value table, summed in float64."""
-    column = dict(zip(VALUE_COLUMNS, table.double().T, strict=True))
-    summed = {
-        "token_count": column["live"],
-        "value_loss_sum": column["loss"],
-        "value_clip_count": column["clipped"],
-        "value_sum": column["value"],
-        "value_sq_sum": column["value"].square(),
-        "error_sq_sum": column["error_sq"],
-        "return_sum": column["return"],
-        "return_sq_sum": column["return"].square(),
+def value_stats(sums: Tensor) -> Stats:
+    """The statistics from the sums of a value table."""
+    total, square, _ = (dict(zip(VALUE_COLUMNS, line, strict=True)) for line in sums.unbind())
+    return {
+        "token_count": total["live"],
+        "value_loss_sum": total["loss"],
+        "value_clip_count": total["clipped"],
+        "value_sum": total["value"],
+        "value_sq_sum": square["value"],
+        "error_sq_sum": total["error_sq"],
+        "return_sum": total["return"],
+        "return_sq_sum": square["return"],
     }
-    return column["loss"].sum().to(table.dtype), _reduced(summed, {})
-
-
-def _reduced(summed: Stats, largest: Stats) -> Stats:
-    """Each (R,) column to its sum, or to its maximum; 0 where R = 0."""
-    sums = torch.stack(list(summed.values())).sum(1)
-    maxima = {name: F.pad(column, (0, 1)).amax() for name, column in largest.items()}
-    return dict(zip(summed, sums.unbind(), strict=True)) | maxima

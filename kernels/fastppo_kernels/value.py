@@ -11,7 +11,7 @@ from torch import Tensor
 from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend
 from fastppo_kernels.stats import Stats
-from fastppo_kernels.table import value_sums
+from fastppo_kernels.table import value_stats
 
 
 def value_loss(
@@ -44,9 +44,10 @@ def value_loss(
     """
     checks.check_rows(values.shape[0] if values.ndim else -1, values=values)
     checks.check_rows(values.shape[0], old_values=old_values, returns=returns, weights=weights)
+    checks.check_device(values=values, old_values=old_values, returns=returns, weights=weights)
     name = choose_backend("value_loss", backend, values)
-    loss, table = operators.value(values, old_values, returns, weights, _check_clip(clip), name)
-    return loss, value_sums(table.detach())[1]
+    loss, _, sums = operators.value(values, old_values, returns, weights, _check_clip(clip), name)
+    return loss, value_stats(sums.detach())
 
 
 def linear_value_loss(
@@ -72,7 +73,8 @@ def linear_value_loss(
         (loss, stats) as in `value_loss`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or clip is not > 0.
+        ValueError: shapes or dtypes do not fit together, clip is not > 0, or a gradient of a float16 tensor is wanted,
+            which would be rounded before a loss scale reaches it.
     """
     checks.check_float(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim != 2 or weight.shape != hidden.shape[1:]:
@@ -83,11 +85,14 @@ def linear_value_loss(
     if bias is not None and bias.numel() != 1:
         raise ValueError(f"bias must be one number, got shape {tuple(bias.shape)}; pass None for no bias")
     checks.check_rows(hidden.shape[0], old_values=old_values, returns=returns, weights=weights)
+    like = {"old_values": old_values, "returns": returns, "weights": weights}
+    checks.check_device(hidden=hidden, weight=weight, bias=bias, **like)
+    checks.check_gradient_dtype(hidden=hidden, weight=weight, bias=bias)
     name = choose_backend("linear_value_loss", backend, hidden)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     rows = (old_values, returns, weights, _check_clip(clip))
-    loss, table, *_ = operators.linear_value(hidden, weight, bias, *rows, wanted, name)
-    return loss, value_sums(table.detach())[1]
+    loss, _, sums, *_ = operators.linear_value(hidden, weight, bias, *rows, wanted, name)
+    return loss, value_stats(sums.detach())
 
 
 def _check_clip(clip: float | None) -> float | None:

@@ -45,6 +45,7 @@ def whiten(
         raise ValueError(
             f"mask must be bool of shape {tuple(values.shape)}, got {mask.dtype} {tuple(mask.shape)}; write `mask != 0`"
         )
+    checks.check_device(values=values, mask=mask)
     with torch.no_grad():
         (flat,) = checks.in_working_dtype(values.flatten())
         name = choose_backend("whiten", backend, flat)

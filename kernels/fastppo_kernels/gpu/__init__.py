@@ -2,6 +2,7 @@
 
 from fastppo_kernels.gpu.rows import logprob_rows, logprob_rows_backward, ppo_rows
 from fastppo_kernels.gpu.sampling import sample
+from fastppo_kernels.gpu.scale import scale_
 from fastppo_kernels.gpu.sequences import gae, moments, token_rewards
 from fastppo_kernels.gpu.tokens import ppo_tokens
 from fastppo_kernels.gpu.values import linear_value_rows, value_rows
@@ -15,6 +16,7 @@ __all__ = [
     "ppo_rows",
     "ppo_tokens",
     "sample",
+    "scale_",
     "token_rewards",
     "value_rows",
 ]

@@ -5,6 +5,7 @@ gradient, so they survive torch.compile. Arguments were checked by the public fu
 from fastppo_kernels.operators.logprobs import logits_token_logprobs, token_logprobs
 from fastppo_kernels.operators.ppo import linear_ppo, logits_ppo, logits_ppo_, ppo_tokens
 from fastppo_kernels.operators.sampling import sample
+from fastppo_kernels.operators.scale import scale_, scaled
 from fastppo_kernels.operators.sequences import gae, moments, token_rewards
 from fastppo_kernels.operators.value import linear_value, value
 
@@ -18,6 +19,8 @@ __all__ = [
     "moments",
     "ppo_tokens",
     "sample",
+    "scale_",
+    "scaled",
     "token_logprobs",
     "token_rewards",
     "value",

@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo_kernels.reference import PPORows, working_dtype
 
-def no_autocast(x: Tensor) -> Any:
-    """A context in which autocast does not reach the products: the ops choose their own precision."""
-    return torch.autocast(x.device.type, enabled=False)
+
+def vector(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` (R,) without its graph, in `dtype`, contiguous."""
+    return x.detach().to(dtype).contiguous()
+
+
+def ppo_rows(dtype: torch.dtype, *vectors: Tensor | None) -> PPORows:
+    """The fields of PPORows in their order, each as `vector` makes it."""
+    return PPORows(*(None if x is None else vector(x, dtype) for x in vectors))
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -31,3 +38,10 @@ def like_or_empty(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tu
 def given(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients that were wanted, None for the others."""
     return tuple(x if need else None for x, need in zip(gradients, wanted, strict=True))
+
+
+def fake_table(x: Tensor, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Fakes of (loss, table, sums) of the rows of `x`."""
+    like = {"dtype": working_dtype(x), "device": x.device}
+    sums = torch.empty(3, len(columns), dtype=torch.float64, device=x.device)
+    return torch.empty((), **like), torch.empty(x.shape[0], len(columns), **like), sums

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels import backend as backends
-from fastppo_kernels.head import ChunkedHead
-from fastppo_kernels.operators.common import given, like_or_empty, no_autocast, side_by_side
+from fastppo_kernels.head import ChunkedHead, exact_products
+from fastppo_kernels.operators.common import given, like_or_empty, side_by_side
 from fastppo_kernels.reference import working_dtype
 from fastppo_kernels.settings import HeadSettings
 
@@ -28,7 +28,7 @@ def token_logprobs(
     module, head = backends.load(backend), HeadSettings(temperature=temperature, softcap=softcap)
     chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size)
     logprobs, entropies = _empty_rows(hidden, entropy)
-    with no_autocast(hidden):
+    with exact_products(hidden):
         for rows in chunked.chunks():
             made, made_entropy = module.logprob_rows(chunked.logits(rows), targets[rows], head, entropy=entropy)
             logprobs[rows] = made
@@ -56,13 +56,14 @@ def _token_logprobs_backward(
     chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, wanted=(wanted[0], wanted[1], wanted[2]))
     dlogprobs = dlogprobs.contiguous()
     dentropies = None if dentropies is None else dentropies.contiguous()
-    with no_autocast(hidden):
+    with exact_products(hidden):
         for rows in chunked.chunks():
             logits = chunked.logits(rows)
             dlogits = chunked.dlogits(logits)
             dentropy = None if dentropies is None else dentropies[rows]
             module.logprob_rows_backward(logits, targets[rows], dlogprobs[rows], dentropy, head, dlogits=dlogits)
             chunked.accumulate(rows, dlogits)
+            del logits, dlogits  # their memory is the next chunk's
     return chunked.gradients(hidden, weight, bias)
 
 
@@ -107,8 +108,8 @@ def _(hidden, weight, bias, targets, temperature, softcap, entropy, chunk_size, 
 
 
 @_token_logprobs_backward.register_fake
-def _(hidden, weight, bias, *rest):
-    return like_or_empty((hidden, weight, bias), rest[-1])
+def _(hidden, weight, bias, targets, dlogprobs, dentropies, temperature, softcap, chunk_size, backend, wanted):
+    return like_or_empty((hidden, weight, bias), wanted)
 
 
 @logits_token_logprobs.register_fake
@@ -117,7 +118,7 @@ def _(logits, targets, temperature, softcap, entropy, backend):
 
 
 @_logits_token_logprobs_backward.register_fake
-def _(logits, *rest):
+def _(logits, targets, dlogprobs, dentropies, temperature, softcap, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 

@@ -1,21 +1,24 @@
 """The PPO losses. The gradient is made along with the loss; backward only multiplies it by grad_output.
 
-Each returns (loss (), PPO table (R, 16), gradients ...): a gradient has no element where it is not wanted.
+Each returns (loss (), PPO table (R, 16), its sums (3, 16), gradients ...); see `fastppo_kernels.table`. A gradient has
+no element where it is not wanted.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastppo_kernels import backend as backends
-from fastppo_kernels.head import ChunkedHead
-from fastppo_kernels.operators.common import given, like_or_empty, no_autocast, side_by_side
+from fastppo_kernels.head import ChunkedHead, exact_products
+from fastppo_kernels.operators.common import fake_table, like_or_empty, ppo_rows, side_by_side, vector
+from fastppo_kernels.operators.scale import keep_gradients, scaled
 from fastppo_kernels.reference import PPORows, working_dtype
 from fastppo_kernels.settings import HeadSettings, PPOSettings
-from fastppo_kernels.table import PPO_COLUMNS
+from fastppo_kernels.table import PPO_COLUMNS, with_sums
 
-LOSS, DLOGPROB, LIVE = (PPO_COLUMNS.index(name) for name in ("loss", "dlogprob", "live"))
+DLOGPROB, LIVE = PPO_COLUMNS.index("dlogprob"), PPO_COLUMNS.index("live")
 
 
 @torch.library.custom_op("fastppo::ppo_tokens", mutates_args=())
@@ -29,13 +32,13 @@ def ppo_tokens(
     is_weights: Tensor | None,
     settings: list[float],
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, table) from log-probs (R,) and, with an entropy bonus, entropies (R,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, table, sums) from log-probs (R,) and, with an entropy bonus, entropies (R,)."""
     dtype = working_dtype(logprobs)
-    rows = _rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights)
-    entropy = None if entropy is None else _vector(entropy, dtype)
+    rows = ppo_rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights)
+    entropy = None if entropy is None else vector(entropy, dtype)
     decoded = PPOSettings.decoded(settings)
-    return _with_loss(backends.load(backend).ppo_tokens(_vector(logprobs, dtype), entropy, rows, decoded))
+    return with_sums(backends.load(backend).ppo_tokens(vector(logprobs, dtype), entropy, rows, decoded))
 
 
 @torch.library.custom_op("fastppo::logits_ppo", mutates_args=())
@@ -53,9 +56,9 @@ def logits_ppo(
     entropy: bool,
     grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, table, dlogits) from logits (R, V), which keep their values."""
-    rows = _rows(working_dtype(logits), old_logprobs, advantages, weights, ref_logprobs, is_weights)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, table, sums, dlogits) from logits (R, V), which keep their values."""
+    rows = ppo_rows(working_dtype(logits), old_logprobs, advantages, weights, ref_logprobs, is_weights)
     (dlogits,) = like_or_empty((logits,), (grad,))
     table = backends.load(backend).ppo_rows(
         side_by_side(logits),
@@ -66,7 +69,7 @@ def logits_ppo(
         entropy=entropy,
         dlogits=dlogits if grad else None,
     )
-    return *_with_loss(table), dlogits
+    return *with_sums(table), dlogits
 
 
 @torch.library.custom_op("fastppo::logits_ppo_", mutates_args=("logits",))
@@ -83,9 +86,9 @@ def logits_ppo_(
     settings: list[float],
     entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, table); the logits (R, V) become their gradient."""
-    rows = _rows(working_dtype(logits), old_logprobs, advantages, weights, ref_logprobs, is_weights)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, table, sums); the logits (R, V) become their gradient."""
+    rows = ppo_rows(working_dtype(logits), old_logprobs, advantages, weights, ref_logprobs, is_weights)
     z = side_by_side(logits)
     table = backends.load(backend).ppo_rows(
         z,
@@ -98,7 +101,7 @@ def logits_ppo_(
     )
     if z is not logits:
         logits.copy_(z)
-    return _with_loss(table)
+    return with_sums(table)
 
 
 @torch.library.custom_op("fastppo::linear_ppo", mutates_args=())
@@ -118,14 +121,13 @@ def linear_ppo(
     settings: list[float],
     entropy: bool,
     chunk_size: int | None,
-    logits_dtype: torch.dtype,
     wanted: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, table, gradients of hidden, weight and bias) from hidden states (R, H): 6 R V H operations."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, table, sums, gradients of hidden, weight and bias) from hidden states (R, H): 6 R V H operations."""
     module, head = backends.load(backend), HeadSettings(temperature=temperature, softcap=softcap)
     decoded, dtype = PPOSettings.decoded(settings), working_dtype(hidden)
-    rows = _rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs)
+    rows = ppo_rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs)
     live = _live_rows(rows.weights)
     if live is None:
         x = hidden
@@ -133,36 +135,38 @@ def linear_ppo(
         x = torch.where(live[:, None], hidden, 0)  # a NaN there would reach the weight's gradient as NaN * 0
     else:
         x, targets, rows = hidden[live], targets[live], rows.take(live)
-    chunked = ChunkedHead(
-        x, weight, bias, chunk_size=chunk_size, logits_dtype=logits_dtype, wanted=(wanted[0], wanted[1], wanted[2])
-    )
+    chunked = ChunkedHead(x, weight, bias, chunk_size=chunk_size, wanted=(wanted[0], wanted[1], wanted[2]))
     table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
-    with no_autocast(hidden):
+    with exact_products(hidden):
         for some in chunked.chunks():
-            logits = chunked.logits(some)
-            dlogits = chunked.dlogits(logits) if any(wanted) else None
-            table[some] = module.ppo_rows(
-                logits, targets[some], rows.take(some), decoded, head, entropy=entropy, dlogits=dlogits
-            )
-            if dlogits is not None:
-                chunked.accumulate(some, dlogits)
+            of_chunk = (targets[some], rows.take(some), decoded, head)
+            table[some] = _chunk(chunked, some, module, *of_chunk, entropy=entropy, grad=any(wanted))
     dhidden, dweight, dbias = chunked.gradients(x, weight, bias)
     if live is not None and live.dtype != torch.bool:
         table = table.new_zeros(hidden.shape[0], table.shape[1]).index_copy(0, live, table)
         dhidden = dhidden.new_zeros(hidden.shape).index_copy(0, live, dhidden) if wanted[0] else dhidden
-    return *_with_loss(table), dhidden, dweight, dbias
+    return *with_sums(table), dhidden, dweight, dbias
 
 
-def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype).contiguous()
-
-
-def _rows(dtype: torch.dtype, *vectors: Tensor | None) -> PPORows:
-    return PPORows(*(None if x is None else _vector(x, dtype) for x in vectors))
-
-
-def _with_loss(table: Tensor) -> tuple[Tensor, Tensor]:
-    return table[:, LOSS].double().sum().to(table.dtype), table
+def _chunk(
+    chunked: ChunkedHead,
+    some: slice,
+    module: ModuleType,
+    targets: Tensor,
+    rows: PPORows,
+    settings: PPOSettings,
+    head: HeadSettings,
+    *,
+    entropy: bool,
+    grad: bool,
+) -> Tensor:
+    """The table of a chunk of rows; a function, so that its logits are gone before the next chunk makes its own."""
+    logits = chunked.logits(some)
+    dlogits = chunked.dlogits(logits) if grad else None
+    table = module.ppo_rows(logits, targets, rows, settings, head, entropy=entropy, dlogits=dlogits)
+    if dlogits is not None:
+        chunked.accumulate(some, dlogits)
+    return table
 
 
 def _live_rows(weights: Tensor) -> Tensor | None:
@@ -173,42 +177,44 @@ def _live_rows(weights: Tensor) -> Tensor | None:
     return None if bool(live.all()) else live.nonzero().squeeze(1)
 
 
-def _fake_table(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = working_dtype(x)
-    table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
-    return torch.empty((), dtype=dtype, device=x.device), table
-
-
 @ppo_tokens.register_fake
-def _(logprobs, *rest):
-    return _fake_table(logprobs)
+def _(logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs, is_weights, settings, backend):
+    return fake_table(logprobs, PPO_COLUMNS)
 
 
 @logits_ppo.register_fake
-def _(logits, *rest):
-    return *_fake_table(logits), *like_or_empty((logits,), (rest[-2],))
+def _(
+    logits, targets, old_logprobs, advantages, weights, ref_logprobs, is_weights,
+    temperature, softcap, settings, entropy, grad, backend,
+):  # fmt: skip
+    return *fake_table(logits, PPO_COLUMNS), *like_or_empty((logits,), (grad,))
 
 
 @logits_ppo_.register_fake
-def _(logits, *rest):
-    return _fake_table(logits)
+def _(
+    logits, targets, old_logprobs, advantages, weights, ref_logprobs, is_weights,
+    temperature, softcap, settings, entropy, backend,
+):  # fmt: skip
+    return fake_table(logits, PPO_COLUMNS)
 
 
 @linear_ppo.register_fake
-def _(hidden, weight, bias, *rest):
-    return *_fake_table(hidden), *like_or_empty((hidden, weight, bias), rest[-2])
+def _(
+    hidden, weight, bias, targets, old_logprobs, advantages, weights, ref_logprobs, is_weights, sampler_logprobs,
+    temperature, softcap, settings, entropy, chunk_size, wanted, backend,
+):  # fmt: skip
+    return *fake_table(hidden, PPO_COLUMNS), *like_or_empty((hidden, weight, bias), wanted)
 
 
 def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*output[2:])
+    keep_gradients(ctx, *output[3:])
     ctx.num_inputs = len(inputs)
 
 
-def _scale(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the first inputs; only the loss is differentiable, callers detach the rest."""
     made = ctx.saved_tensors
-    scaled = given([x * dloss.to(x.dtype) for x in made], ctx.needs_input_grad[: len(made)])
-    return *scaled, *[None] * (ctx.num_inputs - len(made))
+    return *scaled(made, dloss, ctx.needs_input_grad[: len(made)]), *[None] * (ctx.num_inputs - len(made))
 
 
 def _keep_tokens(ctx: Any, inputs: Any, output: Any) -> None:

@@ -18,6 +18,6 @@ def sample(
 
 
 @sample.register_fake
-def _(logits, *rest):
+def _(logits, uniform, temperature, top_k, top_p, backend):
     logprobs = torch.empty(logits.shape[0], dtype=working_dtype(logits), device=logits.device)
     return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device), logprobs, torch.empty_like(logprobs)

@@ -36,6 +36,8 @@ def token_rewards(
     backend: str,
 ) -> Tensor:
     """(N,) rewards."""
+    if cu_seqlens.shape[0] - 1 == scores.shape[0] == logprobs.shape[0]:
+        scores = _unambiguous(scores, cu_seqlens)
     return backends.load(backend).token_rewards(
         scores, logprobs, ref_logprobs, cu_seqlens, kl_coef=kl_coef, kl_estimator=kl_estimator, mask=mask
     )
@@ -47,14 +49,27 @@ def moments(values: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     return backends.load(backend).moments(values, mask)
 
 
+def _unambiguous(scores: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Scores of B = N sequences or tokens, the same thing if all lengths are 1; else an error, on a GPU NaN."""
+    same = (cu_seqlens.diff() == 1).all()
+    if scores.device.type != "cpu":
+        return torch.where(same, scores, torch.nan)
+    if not same:
+        raise ValueError(
+            f"scores of shape (B,) = (N,) = ({scores.shape[0]},) can be per sequence or per token when sequences have "
+            "other lengths than 1; drop the sequences of length 0"
+        )
+    return scores
+
+
 @gae.register_fake
-def _(rewards, values, *rest):
+def _(rewards, values, cu_seqlens, gamma, lam, mask, bootstrap_values, backend):
     out = torch.empty(rewards.shape, dtype=working_dtype(rewards, values), device=rewards.device)
     return out, torch.empty_like(out)
 
 
 @token_rewards.register_fake
-def _(scores, logprobs, *rest):
+def _(scores, logprobs, ref_logprobs, cu_seqlens, kl_coef, kl_estimator, mask, backend):
     return torch.empty(logprobs.shape, dtype=working_dtype(scores, logprobs), device=logprobs.device)
 
 

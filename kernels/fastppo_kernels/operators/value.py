@@ -1,25 +1,29 @@
-"""The critic's losses: (loss (), value table (R, 8), gradients ...)."""
+"""The critic's losses: (loss (), value table (R, 8), its sums (3, 8), gradients ...)."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastppo_kernels import backend as backends
-from fastppo_kernels.operators.common import given, like_or_empty, no_autocast
+from fastppo_kernels.head import exact_products
+from fastppo_kernels.operators.common import fake_table, like_or_empty, vector
+from fastppo_kernels.operators.scale import keep_gradients, scaled
 from fastppo_kernels.reference import working_dtype
-from fastppo_kernels.table import VALUE_COLUMNS
+from fastppo_kernels.table import VALUE_COLUMNS, with_sums
 
-LOSS, DVALUE = VALUE_COLUMNS.index("loss"), VALUE_COLUMNS.index("dvalue")
+DVALUE = VALUE_COLUMNS.index("dvalue")
+SCRATCH_ROWS = 4096  # of hidden states whose gradient nobody wants
 
 
 @torch.library.custom_op("fastppo::value", mutates_args=())
 def value(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(loss, table) from values (R,)."""
-    vectors = (_vector(x, working_dtype(values)) for x in (values, old_values, returns, weights))
-    return _with_loss(backends.load(backend).value_rows(*vectors, clip))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, table, sums) from values (R,)."""
+    vectors = (vector(x, working_dtype(values)) for x in (values, old_values, returns, weights))
+    return with_sums(backends.load(backend).value_rows(*vectors, clip))
 
 
 @torch.library.custom_op("fastppo::linear_value", mutates_args=())
@@ -33,45 +37,45 @@ def linear_value(
     clip: float | None,
     wanted: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, table, gradients of hidden, weight and bias) from hidden states (R, H)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, table, sums, gradients of hidden, weight and bias) from hidden states (R, H)."""
     x = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     dhidden, dweight, dbias = like_or_empty((hidden, weight, bias), wanted)
-    target = None
-    if any(wanted):
-        target = dhidden if wanted[0] else torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    vectors = (_vector(x, working_dtype(hidden)) for x in (old_values, returns, weights))
-    with no_autocast(hidden):
-        table, made = backends.load(backend).linear_value_rows(x, weight, bias, *vectors, clip, dhidden=target)
+    vectors = [vector(x, working_dtype(hidden)) for x in (old_values, returns, weights)]
+    with exact_products(hidden):
+        if any(wanted) and not wanted[0]:
+            table, made = _head_only(backends.load(backend), x, weight, bias, vectors, clip)
+        else:
+            target = dhidden if wanted[0] else None
+            table, made = backends.load(backend).linear_value_rows(x, weight, bias, *vectors, clip, dhidden=target)
     if wanted[1]:
         dweight.copy_(made)
     if wanted[2]:
         dbias.copy_(table[:, DVALUE].sum().expand(dbias.shape))
-    return *_with_loss(table), dhidden, dweight, dbias
+    return *with_sums(table), dhidden, dweight, dbias
 
 
-def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype).contiguous()
-
-
-def _with_loss(table: Tensor) -> tuple[Tensor, Tensor]:
-    return table[:, LOSS].double().sum().to(table.dtype), table
-
-
-def _fake_table(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = working_dtype(x)
-    table = torch.empty(x.shape[0], len(VALUE_COLUMNS), dtype=dtype, device=x.device)
-    return torch.empty((), dtype=dtype, device=x.device), table
+def _head_only(
+    module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: list[Tensor], clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """(table, gradient of weight): the gradient of x, which a backend makes along with it, is written to a scratch."""
+    scratch, parts = torch.empty_like(x[:SCRATCH_ROWS]), []
+    for start in range(0, max(x.shape[0], 1), SCRATCH_ROWS):
+        rows = [v[start : start + SCRATCH_ROWS] for v in (x, *vectors)]
+        target = scratch[: len(rows[0])]
+        parts.append(module.linear_value_rows(rows[0], weight, bias, *rows[1:], clip, dhidden=target))
+    tables, gradients = zip(*parts, strict=True)
+    return torch.cat(tables), torch.stack(gradients).sum(0)
 
 
 @value.register_fake
-def _(values, *rest):
-    return _fake_table(values)
+def _(values, old_values, returns, weights, clip, backend):
+    return fake_table(values, VALUE_COLUMNS)
 
 
 @linear_value.register_fake
-def _(hidden, weight, bias, *rest):
-    return *_fake_table(hidden), *like_or_empty((hidden, weight, bias), rest[-2])
+def _(hidden, weight, bias, old_values, returns, weights, clip, wanted, backend):
+    return *fake_table(hidden, VALUE_COLUMNS), *like_or_empty((hidden, weight, bias), wanted)
 
 
 def _keep_table(ctx: Any, inputs: Any, output: Any) -> None:
@@ -79,18 +83,17 @@ def _keep_table(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.dtype = inputs[0].dtype
 
 
-def _value_backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _value_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (table,) = ctx.saved_tensors
     return (table[:, DVALUE] * dloss).to(ctx.dtype), *[None] * 5
 
 
 def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*output[2:])
+    keep_gradients(ctx, *output[3:])
 
 
-def _linear_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    scaled = [x * dloss.to(x.dtype) for x in ctx.saved_tensors]
-    return *given(scaled, ctx.needs_input_grad[:3]), *[None] * 6
+def _linear_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return *scaled(ctx.saved_tensors, dloss, ctx.needs_input_grad[:3]), *[None] * 6
 
 
 value.register_autograd(_value_backward, setup_context=_keep_table)
