@@ -13,12 +13,17 @@ from torch import Tensor
 
 from fastppo_kernels import gpu, reference
 from fastppo_kernels.gpu import launch
-from fastppo_kernels.gpu.shapes import launch_shape, splits_rows
+from fastppo_kernels.gpu import rows as launcher
+from fastppo_kernels.gpu.row_kernels import rows_kernel
+from fastppo_kernels.gpu.rows import _row_units
+from fastppo_kernels.gpu.shapes import LaunchShape, launch_shape, splits_rows
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import KL_ESTIMATORS, HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS, ppo_table
 from numerics import DEVICE, assert_as_accurate, guarded
 
+# numpy interprets the kernels where there is no GPU, and warns of NaN and infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LARGE = 33001  # odd, and two blocks and a tail of either type
 COLUMN = {name: i for i, name in enumerate(PPO_COLUMNS)}
 
@@ -224,6 +229,36 @@ def test_nan_in_a_live_row_is_not_hidden_and_stays_in_its_row(softcap: float | N
         assert torch.equal(table[i], clean_table[i]) and torch.equal(dlogits[i], clean[i])
 
 
+@pytest.mark.parametrize("where", ["fresh", "in place", "half"])
+@pytest.mark.parametrize(("V", "split"), [(127, False), (LARGE, False), (LARGE, True)])
+def test_a_target_outside_makes_nan_of_its_row_and_touches_no_other(V: int, split: bool, where: str) -> None:
+    """-100 is what other libraries call a label to be left out. Columns of the row before, of the one after, beyond."""
+    p = problem(3, V, padding=8, dead=False)
+    clean_table, clean = run(p, FULL, PLAIN, where, split=split)
+    for target in (-100, V, V + 8 + 3, 10**12, -(10**12)) if V == 127 else (-100, V + 8 + 3):
+        q = p._replace(targets=p.targets.index_fill(0, torch.tensor([1], device=DEVICE), target))
+        table, dlogits = run(q, FULL, PLAIN, where, split=split)
+        assert table[1, [COLUMN["loss"], COLUMN["logprob"], COLUMN["ratio"]]].isnan().all() and dlogits[1].isnan().all()
+        assert torch.equal(table[[0, 2]], clean_table[[0, 2]]) and torch.equal(dlogits[[0, 2]], clean[[0, 2]])
+        assert table[1, COLUMN["entropy"]] == clean_table[1, COLUMN["entropy"]]
+
+
+@pytest.mark.parametrize(("V", "split"), [(127, False), (LARGE, True)])
+def test_a_target_outside_has_no_log_prob_and_no_gradient(V: int, split: bool) -> None:
+    """Not even that of the number between this row and the next."""
+    p, slopes = problem(3, V, padding=8, dead=False), torch.ones(3, device=DEVICE)
+    clean, _ = gpu.logprob_rows(p.logits, p.targets, PLAIN, entropy=True, split=split)
+    wanted, found = torch.empty_like(p.logits), torch.empty_like(p.logits)
+    gpu.logprob_rows_backward(p.logits, p.targets, slopes, slopes, PLAIN, dlogits=wanted, split=split)
+    for target in (-100, V):
+        targets = p.targets.index_fill(0, torch.tensor([1], device=DEVICE), target)
+        made, entropy = gpu.logprob_rows(p.logits, targets, PLAIN, entropy=True, split=split)
+        assert entropy is not None and made[1].isnan() and entropy.isfinite().all()
+        gpu.logprob_rows_backward(p.logits, targets, slopes, slopes, PLAIN, dlogits=found, split=split)
+        assert torch.equal(made[[0, 2]], clean[[0, 2]])
+        assert found[1].isnan().all() and torch.equal(found[[0, 2]], wanted[[0, 2]])
+
+
 @pytest.mark.parametrize("V", [127, LARGE])
 def test_where_the_gradient_lies_does_not_change_it(V: int) -> None:
     p = problem(2, V, dead=False)
@@ -322,7 +357,45 @@ def test_far_and_near_log_ratios(x: float, estimator: str) -> None:
     rows = PPORows(zero, -one, one, zero)
     made = gpu.ppo_tokens(logprobs, None, rows, s)
     truth = ppo_table(logprobs.double(), None, doubled(rows), s)
-    torch.testing.assert_close(made.double(), truth, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(made.double(), truth, rtol=2e-6, atol=1e-12)  # a GPU's exponential errs by 2^-22
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("x", [math.inf, -math.inf, math.nan])
+def test_a_reference_given_for_the_statistics_alone_changes_no_loss(x: float, estimator: str) -> None:
+    """Coefficient 0: one token that the reference model makes impossible does not end the run."""
+    p = problem(3, 127)
+    rows = p.rows._replace(ref_logprobs=torch.full_like(p.rows.advantages, x))
+    s = PPOSettings(entropy_coef=0.05, kl_estimator=estimator)
+    table, dlogits = run(p._replace(rows=rows), s, PLAIN)
+    wanted_table, wanted = run(p._replace(rows=p.rows._replace(ref_logprobs=None)), s, PLAIN)
+    columns = [COLUMN[name] for name in ("loss", "policy_loss", "kl_loss", "dlogprob")]
+    assert torch.equal(table[:, columns], wanted_table[:, columns]) and torch.equal(dlogits, wanted)
+    penalised, _ = run(p._replace(rows=rows), PPOSettings(kl_coef=0.1, kl_estimator=estimator), PLAIN)
+    assert not penalised[[0, 2], COLUMN["loss"]].isfinite().any()  # and what counts is not hidden
+
+
+def test_infinite_log_probs_and_entropies_without_a_coefficient_leave_the_loss_finite() -> None:
+    """Of a target at -inf, of an old policy that ruled the token out; the ratio is bounded either way."""
+    logprobs = torch.tensor([-math.inf, -1.0, -1.0, -2.0], device=DEVICE)
+    old = torch.tensor([-1.0, -math.inf, math.inf, -1.0], device=DEVICE)
+    advantages, ones = torch.tensor([1.0, -1.0, 2.0, 1.0], device=DEVICE), torch.ones(4, device=DEVICE)
+    rows = PPORows(old, advantages, ones, None, ones)
+    entropy = torch.tensor([0.0, 0.0, 0.0, math.inf], device=DEVICE)
+    made, s = gpu.ppo_tokens(logprobs, entropy, rows, PPOSettings(dual_clip=3.0)), PPOSettings(dual_clip=3.0)
+    truth = ppo_table(logprobs.double(), None, doubled(rows), s)
+    for name in ("loss", "policy_loss", "kl_loss", "ratio", "dlogprob", "clip_low", "clip_high", "dual_clip"):
+        torch.testing.assert_close(made[:, COLUMN[name]].double(), truth[:, COLUMN[name]], rtol=1e-6, atol=0, msg=name)
+    for changed in (PPOSettings(old_kl_coef=0.1), PPOSettings(entropy_coef=0.1)):
+        assert not gpu.ppo_tokens(logprobs, entropy, rows, changed)[:, COLUMN["loss"]].isfinite().all()
+
+
+def test_a_nan_log_ratio_shows_in_the_slope() -> None:
+    """An old log-prob of NaN, or no difference between two infinite ones."""
+    logprobs = torch.tensor([-1.0, -math.inf], device=DEVICE)
+    old, ones = torch.tensor([math.nan, -math.inf], device=DEVICE), torch.ones(2, device=DEVICE)
+    made = gpu.ppo_tokens(logprobs, None, PPORows(old, ones, ones), PPOSettings())
+    assert made[:, [COLUMN["loss"], COLUMN["dlogprob"]]].isnan().all()
 
 
 def test_dead_tokens_and_rows_give_zeros_whatever_they_hold() -> None:
@@ -369,6 +442,8 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
         r"logits must be \(R, V\) .* call .contiguous": (x.T, x.T),
         "rows must start at the same addresses": (x, x.view(torch.bfloat16).view(4, 64)[:2]),
         "be no wider": (x.view(torch.bfloat16)[:, :64], x),
+        r"rows of dlogits overlap: a row stride of 0 < V = 64": (x[:1].expand(2, 64), x[:1].expand(2, 64)),
+        r"rows of dlogits overlap: a row stride of 8 < V = 64": (x, x.new_zeros(72).as_strided((2, 64), (8, 1))),
     }
     for message, (logits, dlogits) in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -380,10 +455,85 @@ def test_launch_shapes(V: int, size: int, shared: int) -> None:
     shape = launch_shape(V, size, shared)
     assert shape.lane * size == 16
     assert shape[:4] == launch_shape(V, size)[:4]  # the order of summation is the same on every GPU
-    assert shape.threads % 32 == 0 and shape.block <= 16384
+    assert shape.programs == 1 and shape.threads % 32 == 0 and shape.block <= 16384
     assert shape.block <= max(2 * V, 32 * shape.lane)
     assert (shape.stages - 1) * shape.block * size <= shared
     assert shape.slices == 1 or (shape.threads == 512 and 2 * shape.block <= V)
+
+
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    start=st.integers(0, 9),
+    stride=st.integers(20, 40),
+)
+def test_rows_are_read_by_16_bytes_only_where_they_begin_at_multiples_of_16(dtype, start: int, stride: int) -> None:
+    """And wherever they do: from the last column on a wide read would end beyond the tensor, or fault."""
+    x = torch.empty(160, dtype=dtype, device=DEVICE)[start:].as_strided((3, 20), (stride, 1))
+    units, unit = _row_units(x)
+    aligned = all(row.data_ptr() % 16 == 0 for row in x)
+    assert units * unit == stride and unit == (16 // x.element_size() if aligned else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("start", [0, 1, 3, 8])
+def test_rows_that_begin_anywhere_answer_to_float64(dtype: torch.dtype, start: int) -> None:
+    """Rows of a multiple of 16 bytes: logits[:, 1:] of logits with a column to leave out.
+
+    On a GPU their columns are spread over the threads otherwise than those of aligned rows, so bits may differ.
+    """
+    p = problem(2, 1029, dtype)
+    base, truth = expected(p, FULL, PLAIN, torch.float32), expected(p, FULL, PLAIN, torch.float64)
+    left, right = (torch.full((2, n), math.nan, dtype=dtype, device=DEVICE) for n in (start, 1040 - 1029 - start))
+    for where in ("fresh", "in place"):
+        logits = copied(torch.cat([left, p.logits, right], 1))[:, start:][:, :1029]
+        dlogits = logits if where == "in place" else torch.empty_like(p.logits)
+        table = gpu.ppo_rows(logits, p.targets, p.rows, FULL, PLAIN, entropy=True, dlogits=dlogits)
+        assert_as_accurate("table", table, base[0], truth[0], atol=1e-6)
+        assert_as_accurate("dlogits", dlogits, base[1].to(dtype), truth[1], atol=1e-7)
+
+
+def test_rows_may_lie_more_than_2_to_31_elements_apart() -> None:
+    """Row 2 begins at element 2^31 + 64, beyond what 32 bits count. Most of the memory is never touched."""
+    stride = 2**30 + 32
+    p = problem(3, 127, torch.bfloat16, dead=False)
+    memory = torch.UntypedStorage(2 * (2 * stride + 127), device=DEVICE)
+    far = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(memory, 0, (3, 127), (stride, 1))
+    table, dlogits = run(p, FULL, PLAIN)
+    far.copy_(p.logits)
+    assert torch.equal(gpu.ppo_rows(far, p.targets, p.rows, FULL, PLAIN, entropy=True, dlogits=far), table)
+    assert torch.equal(far, dlogits)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [LaunchShape(4, 64, 2, 1, 1), LaunchShape(4, 32, 1, 4, 3, programs=8), LaunchShape(4, 256, 4, 1, 2, programs=2)],
+)
+def test_any_launch_shape_answers_to_float64(shape: LaunchShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block and less, several, and split rows; and it is that shape which is launched."""
+    launched: list[dict[str, Any]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda **arguments: launched.append(arguments) or rows_kernel[grid](**arguments)
+
+    monkeypatch.setattr(launcher, "rows_kernel", Recorded())
+    p = problem(3, 1700)
+    base, truth = expected(p, FULL, PLAIN, torch.float32), expected(p, FULL, PLAIN, torch.float64)
+    for split in (False, True):
+        for where in ("fresh", "half"):
+            table, dlogits = run(p, FULL, PLAIN, where, split=split, shape=shape)
+            assert_as_accurate("table", table, base[0], truth[0], atol=1e-6)
+            assert_as_accurate("dlogits", dlogits, base[1].to(dlogits.dtype), truth[1], atol=1e-7)
+    for made in launched:
+        assert (made["LANE"], made["REPS"], made["SLICES"], made["STAGES"]) == (shape.lane, *shape[2:5])
+
+
+def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
+    assert launch_shape(128256, 2).max_registers == 128  # 512 threads alone
+    assert LaunchShape(8, 256, 4, 8, 4, programs=2).max_registers == 128
+    assert LaunchShape(8, 512, 4, 8, 4, programs=2).max_registers == 64
+    assert launch_shape(127, 2).max_registers is None  # a thread has 255 at most
 
 
 def test_rows_are_shared_while_whole_ones_would_leave_processors_idle() -> None:

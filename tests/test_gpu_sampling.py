@@ -200,6 +200,24 @@ def test_a_row_is_drawn_alike_alone_and_twice() -> None:
             assert torch.equal(x, torch.cat([part[i] for part in alone])) and torch.equal(x, again[i])
 
 
+def test_uniforms_are_float32_and_a_float64_is_rounded_to_one() -> None:
+    """Up to 1, which draws the last column that has any mass, as the number next to 1 does."""
+    logits = torch.randn(6, 100)
+    uniform = torch.rand(6, dtype=torch.float64)
+    uniform[:3] = torch.tensor([1 - 1e-12, 1 - 2**-25, 0.0], dtype=torch.float64)
+    for cut in ((1.0, 0, 1.0), (0.8, 20, 0.9)):
+        made = draw(logits, uniform, *cut)
+        assert all(torch.equal(a, b) for a, b in zip(made, draw(logits, uniform.float(), *cut), strict=True))
+        assert made[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
+def test_dtypes_that_would_be_rounded_are_refused(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """256 different uniforms are no uniforms."""
+    with pytest.raises(ValueError, match=r"uniform float32 or float64, got .* convert them with \.float"):
+        draw(torch.zeros(2, 4, dtype=dtypes[0]), torch.zeros(2, dtype=dtypes[1]))
+
+
 def test_no_rows_and_transposed_logits() -> None:
     assert all(x.shape == (0,) for x in draw(torch.zeros(0, 10), torch.zeros(0)))
     logits, uniform = torch.randn(30, 4).T, torch.rand(4)

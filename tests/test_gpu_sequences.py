@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo_kernels import reference
-from fastppo_kernels.gpu import launch, sequences
+from fastppo_kernels.gpu import launch, sequences, tokens
+from fastppo_kernels.reference import PPORows
+from fastppo_kernels.settings import PPOSettings
+from fastppo_kernels.table import PPO_COLUMNS
 from numerics import DEVICE, assert_as_accurate, guarded
 
 # numpy interprets the kernels where there is no GPU, and warns of NaN and infinity.
@@ -145,6 +148,18 @@ def test_k3_is_precise_near_zero_and_bounded_far_away() -> None:
     made = -sequences.token_rewards(*inputs, cu_seqlens=cu, kl_coef=1.0, kl_estimator="k3").cpu()
     truth = reference.k3(-d.double())
     assert ((made.double() - truth).abs() <= 1e-6 * truth).all()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_reward_and_the_loss_have_one_estimate(estimator: str) -> None:
+    """The same bits on either way of penalising the KL."""
+    logprobs, ref = -3 * torch.rand(200, device=DEVICE), -3 * torch.rand(200, device=DEVICE)
+    ref[:4] = logprobs[:4] - torch.tensor([0.0, 1e-4, 30.0, -30.0], device=DEVICE)
+    zero, one = torch.zeros(200, device=DEVICE), torch.ones(200, device=DEVICE)
+    s = PPOSettings(kl_coef=1.0, kl_estimator=estimator)
+    table = tokens.ppo_tokens(logprobs, None, PPORows(None, zero, one, ref), s)
+    penalty = sequences.token_rewards(zero, logprobs, ref, packed([200]), kl_coef=1.0, kl_estimator=estimator)
+    assert torch.equal(table[:, PPO_COLUMNS.index("kl_loss")], 0 - penalty)
 
 
 def test_a_sequence_without_actions_gets_no_score_and_no_log_probs_are_read_without_a_coefficient() -> None:

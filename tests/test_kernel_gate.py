@@ -112,6 +112,44 @@ def test_missing_barrier_is_seen() -> None:
     assert not Loop(["LDG.E.128", "STG.E.128", "BAR.SYNC"]).barrier_before_stores
 
 
+def amd(*lines: str) -> bool:
+    from gate.listing import read_amd, stores_wait  # pyright: ignore[reportMissingImports]
+
+    text = "\n".join(line if line.endswith(":") else f"\t{line}" for line in lines)
+    return stores_wait(read_amd(text))
+
+
+def test_amd_code_must_wait_for_its_loads_before_the_barrier() -> None:
+    """The barrier alone says nothing of loads under way; a count says that all but so many have arrived."""
+    load, store = "global_load_dwordx4 v[0:3], v4, s[0:1]", "buffer_store_dwordx4 v[0:3], v4, s[0:3], 0 offen"
+    wait, barrier = "s_waitcnt vmcnt(0) lgkmcnt(0)", "s_barrier"
+    assert amd(load, load, wait, barrier, store, store)
+    assert not amd(load, barrier, wait, store)
+    assert not amd(load, wait, store)
+    assert not amd(load, load, "s_waitcnt vmcnt(1)", barrier, store)
+    assert not amd(wait, barrier, load, store)
+    assert amd(load, "global_load_dword v9, v4, s[0:1]", "s_waitcnt vmcnt(1)", barrier, store)
+
+
+def test_an_amd_loop_must_wait_for_what_was_loaded_ahead_of_it() -> None:
+    load, store = "buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "buffer_store_dwordx4 v[0:3], v4, s[0:3], 0 offen"
+    back = "s_cbranch_scc1 .LBB0_1"
+    for count, right in ((0, True), (1, True), (2, False)):
+        loop = (load, f"s_waitcnt vmcnt({count})", "s_barrier", store, back)
+        assert amd(".LBB0_1:", *loop) == right
+    assert not amd(".LBB0_1:", load, "s_barrier", "s_waitcnt vmcnt(0)", store, back)
+
+
+def test_stores_that_do_not_wait_break_a_budget_that_asks_for_it() -> None:
+    from gate.entry import Budget, broken  # pyright: ignore[reportMissingImports]
+    from gate.listing import Report  # pyright: ignore[reportMissingImports]
+
+    racy = Report(1, 0, 0, 0, 0, 10, stores_in_order=False)
+    assert broken(racy, Budget(), "gfx942", None) == []
+    (reason,) = broken(racy, Budget(barrier_before_stores=True), "gfx942", None)
+    assert "may not have their loads yet" in reason
+
+
 PLANTED = """
 import sys, torch
 sys.path.insert(0, {bench!r})

@@ -40,8 +40,11 @@ class Target:
 
 TARGETS = (
     Target("sm_80", GPUTarget("cuda", 80, 32), 166912, (65536, 167936, 2048)),
+    Target("sm_86", GPUTarget("cuda", 86, 32), 101376, (65536, 102400, 1536)),
+    Target("sm_89", GPUTarget("cuda", 89, 32), 101376, (65536, 102400, 1536)),
     Target("sm_90", GPUTarget("cuda", 90, 32), 232448, (65536, 233472, 2048)),
     Target("sm_100", GPUTarget("cuda", 100, 32), 232448, (65536, 233472, 2048)),
+    Target("sm_120", GPUTarget("cuda", 120, 32), 101376, (65536, 102400, 1536)),
     Target("gfx942", GPUTarget("hip", "gfx942", 64), 65536, (131072, 65536, 2048)),
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastppo_kernels import gpu
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings, PPOSettings
-from gate.entry import Budget, Entry
+from gate.entry import EVERYWHERE, SERVERS, Budget, Entry
 
 R, VOCAB = 2, 128256
 SETTINGS = PPOSettings(kl_coef=0.1, dual_clip=3.0)
@@ -43,10 +43,12 @@ def ppo(logits: Tensor, dlogits: Tensor, *, entropy: bool, softcap: float | None
     gpu.ppo_rows(logits, targets, rows, settings, head, entropy=entropy, dlogits=dlogits, split=split)
 
 
-def row_entry(name: str, call: Callable[[], object], per_element: float, **limits: Any) -> Entry:
+def row_entry(
+    name: str, call: Callable[[], object], per_element: float, targets: tuple[str, ...] = SERVERS, **limits: Any
+) -> Entry:
     """An entry whose instructions per element are counted on sm_90."""
     budget = Budget(per_element={"sm_90": per_element}, **limits)
-    return Entry(name=name, call=call, budget=budget, elements=per_thread)
+    return Entry(name=name, call=call, budget=budget, elements=per_thread, targets=targets)
 
 
 def objectives() -> list[Entry]:
@@ -60,7 +62,7 @@ def objectives() -> list[Entry]:
             found.append(row_entry(f"ppo {short} in place{suffix}", call, limit))
         x, ragged = padded(VOCAB, torch.float32), padded(VOCAB - 1, torch.bfloat16)
         over = lambda x=x, e=entropy: ppo(x, half_view(x), entropy=e)  # noqa: E731
-        found.append(row_entry(f"ppo bf16 over fp32{suffix}", over, limit, barrier_before_stores=True))
+        found.append(row_entry(f"ppo bf16 over fp32{suffix}", over, limit, EVERYWHERE, barrier_before_stores=True))
         fresh = lambda x=x, e=entropy: ppo(x, padded(VOCAB, torch.bfloat16), entropy=e)  # noqa: E731
         found.append(row_entry(f"ppo fp32 to bf16{suffix}", fresh, limit))
         odd = lambda x=ragged, e=entropy: ppo(x, x, entropy=e)  # noqa: E731
@@ -74,25 +76,33 @@ def log_probs() -> list[Entry]:
     """Log-probs alone, their backward, and rows shared by several programs."""
     targets, _ = vectors()
     half, full, plain = padded(VOCAB, torch.bfloat16), padded(VOCAB, torch.float32), HeadSettings(temperature=0.6)
+    fp16 = padded(VOCAB, torch.float16)
 
     def backward() -> None:
         gpu.logprob_rows_backward(half, targets, torch.ones(R), torch.ones(R), plain, dlogits=half, split=False)
 
     return [
-        row_entry("logprob bf16", lambda: gpu.logprob_rows(half, targets, plain, entropy=False, split=False), 8),
+        row_entry(
+            "logprob bf16", lambda: gpu.logprob_rows(half, targets, plain, entropy=False, split=False), 8, EVERYWHERE
+        ),
         row_entry(
             "logprob fp32 entropy", lambda: gpu.logprob_rows(full, targets, plain, entropy=True, split=False), 9.5
         ),
         row_entry("logprob bf16 split", lambda: gpu.logprob_rows(half, targets, plain, entropy=False, split=True), 8),
         row_entry("backward bf16 entropy", backward, 18),
         row_entry("ppo bf16 split entropy", lambda: ppo(half, half, entropy=True, split=True), 10),
+        row_entry("ppo fp16 in place entropy", lambda: ppo(fp16, fp16, entropy=True), 18, ("sm_90", "gfx942")),
     ]
 
 
 def small() -> list[Entry]:
-    """A vocabulary of one block: no loop to count in."""
-    x = padded(1000, torch.bfloat16)
-    return [Entry(name="ppo bf16 V=1000", call=lambda: ppo(x, x, entropy=True))]
+    """Vocabularies of one block: no loop to count in, and all of the row stored over itself."""
+    x, wide = padded(1000, torch.bfloat16), padded(8000, torch.float32)
+    over = Budget(barrier_before_stores=True)
+    return [
+        Entry(name="ppo bf16 V=1000", call=lambda: ppo(x, x, entropy=True)),
+        Entry(name="ppo bf16 over fp32 V=8000", call=lambda: ppo(wide, half_view(wide), entropy=True), budget=over),
+    ]
 
 
 ENTRIES = [*objectives(), *log_probs(), *small()]

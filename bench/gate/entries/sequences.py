@@ -1,9 +1,12 @@
 """Advantages, rewards and moments of packed sequences."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from fastppo_kernels import gpu
-from gate.entry import Budget, Entry
+from gate.entry import EVERYWHERE, Budget, Entry
 
 N = 4096
 TOKENS, MASK = torch.ones(N), torch.ones(N, dtype=torch.bool)
@@ -27,8 +30,21 @@ def moments() -> None:
     gpu.moments(TOKENS, MASK)
 
 
-SMALL = Budget(registers=128, narrow=64)  # vectors of N numbers: bound by their latency, read 4 bytes a thread
+def entry(call: Callable[[], None], per_token: float | None = None, **changes: Any) -> Entry:
+    """Vectors of N numbers: bound by their latency, read 4 bytes a thread; a scan costs instructions, too."""
+    limits = {} if per_token is None else {"sm_90": per_token}
+    budget = Budget(registers=128, narrow=64, per_element=limits)
+    return Entry(name=call.__name__.replace("_", " "), call=call, budget=budget, elements=per_thread, **changes)
+
+
+def per_thread(arguments: dict[str, Any]) -> int:
+    """Tokens that one of 128 threads takes per turn."""
+    return arguments["BLOCK"] // 128
+
+
 ENTRIES = [
-    Entry(name=call.__name__.replace("_", " "), call=call, budget=SMALL)
-    for call in (gae, gae_with_holes, token_rewards, moments)
+    entry(gae, 90, targets=EVERYWHERE),
+    entry(gae_with_holes, 160),
+    entry(token_rewards, 75),
+    entry(moments),
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)  # read when the kernels are defined, which is when it counts
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of logits
 NO_DUAL_CLIP = 1e30  # never reached, as the ratio is at most e^20; infinity times an advantage of 0 would be NaN
 
 

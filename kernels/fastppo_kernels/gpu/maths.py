@@ -26,9 +26,9 @@ K1, K2, K3, K1_PLUS, K3_PLUS = (tl.constexpr(ESTIMATOR_CODES[name]) for name in 
 @triton.jit
 def exp(x):
     """e^x to about 2 ulp, |x| up to 80: what rounding x * log2(e) loses, 1e-6 at x = 20, is put back."""
-    scaled = x * LOG2E
-    lost = tl.fma(x, LOG2E, -scaled) + x * LOG2E_LOW
-    return tl.exp2(scaled) * (lost * LN2 + 1.0)
+    y = x * LOG2E
+    lost = tl.fma(x, LOG2E, -y) + x * LOG2E_LOW
+    return tl.exp2(y) * (lost * LN2 + 1.0)
 
 
 @triton.jit
@@ -57,6 +57,12 @@ def tanh(x, rate, ACCURATE: tl.constexpr):
 def bounded(x):
     """x clamped to +-EXPONENT_LIMIT; NaN stays NaN."""
     return tl.where(x > EXPONENT_LIMIT, EXPONENT_LIMIT, tl.where(x < -EXPONENT_LIMIT, -EXPONENT_LIMIT, x))
+
+
+@triton.jit
+def scaled(coef, x):
+    """coef * x, and 0 for the coefficient 0 whatever x is."""
+    return tl.where(coef != 0.0, coef * x, 0.0)
 
 
 @triton.jit
@@ -105,18 +111,22 @@ def ppo_token(
     settings,  # (clip_low, clip_high, dual_clip, kl_coef, old_kl_coef, entropy_coef); +inf switches a clip off
     ESTIMATOR: tl.constexpr,
 ):
-    """The columns of PPO_COLUMNS, in their order, of live tokens: `reference.ppo_token_terms` and its derivative."""
+    """The columns of PPO_COLUMNS, in their order, of live tokens: `reference.ppo_token_terms` and its derivative.
+
+    What has the coefficient 0 is no part of the objective, even where it is infinite or NaN: a log-prob of -inf under
+    the reference, given for the statistics alone, must not end the run.
+    """
     clip_low, clip_high, dual_clip, kl_coef, old_kl_coef, entropy_coef = settings
     zero = tl.zeros_like(logprob)
     log_ratio = logprob - old_logprob
     ratio = exp(bounded(log_ratio))
-    inside = (log_ratio >= -EXPONENT_LIMIT) & (log_ratio <= EXPONENT_LIMIT)
+    outside = (log_ratio > EXPONENT_LIMIT) | (log_ratio < -EXPONENT_LIMIT)  # a NaN is not: it stays in the slope
     low, high = 1.0 - clip_low, 1.0 + clip_high
     unclipped = -advantage * ratio
     pessimistic = -advantage * tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
     clipped = pessimistic > unclipped
     policy = tl.where(clipped, pessimistic, unclipped)
-    slope = tl.where(clipped | (inside == 0), 0.0, unclipped)
+    slope = tl.where(clipped | outside, 0.0, unclipped)
     bound = -dual_clip * advantage
     dual_clipped = (advantage < 0.0) & (policy > bound)
     policy, slope = tl.where(dual_clipped, bound, policy), tl.where(dual_clipped, 0.0, slope)
@@ -124,15 +134,15 @@ def ppo_token(
         policy, slope = is_weight * policy, is_weight * slope
     old_slope, old_k3 = expm1_and_k3(log_ratio)
     kl, ref_k1, ref_k3 = zero, zero, zero
-    slope += old_kl_coef * old_slope
+    slope += scaled(old_kl_coef, old_slope)
     if ref_logprob is not None:
         kl, kl_slope, ref_k1, ref_k3 = kl_penalty(logprob, ref_logprob, ESTIMATOR)
-        kl, slope = kl_coef * kl, slope + kl_coef * kl_slope
+        kl, slope = scaled(kl_coef, kl), slope + scaled(kl_coef, kl_slope)
     gap = zero
     if sampler_logprob is not None:
         gap = tl.abs(logprob - sampler_logprob)
     return (
-        weight * (policy + kl + old_kl_coef * old_k3 - entropy_coef * entropy),
+        weight * (policy + kl + scaled(old_kl_coef, old_k3) - scaled(entropy_coef, entropy)),
         weight * policy,
         weight * kl,
         logprob,

@@ -9,7 +9,8 @@ two), and crosses lanes once, at the end. Blocks that lie inside the row carry n
 bytes wide whatever the vocabulary size, as long as rows start at multiples of 16 bytes.
 
 A program holds a row, or one of SLICES slices of it when rows are few. Lanes are reduced within a slice first and then
-over slices, in both cases, so that the numbers of a row do not depend on how many rows there are.
+over slices, in both cases, so that the numbers of a row do not depend on how many rows there are. They may differ by
+rounding between rows that start at multiples of 16 bytes and rows that do not, whose lanes are laid out otherwise.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
@@ -143,6 +144,12 @@ def _softmax_slope(
 
 
 @triton.jit
+def _arrived(x):
+    """True whatever the block x holds, but a value: no thread has it before every thread has its part of x."""
+    return tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0) <= 1
+
+
+@triton.jit
 def _gradient(
     x_row, dx_row, n_cols, cols, c, scale, softcap_rate, c0, c1, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
     OVERLAP: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -151,9 +158,11 @@ def _gradient(
 
     In place, dx column j lies on x column j, which the same block has read. With OVERLAP a 2-byte dx lies on a 4-byte
     x: dx column j covers half of x column j // 2. The stores of block b (columns bB to (b+1)B) then touch x columns
-    below (b+1)B/2 <= max(bB, B/2), in blocks up to b. Ahead of those stores comes a barrier, ahead of that barrier
-    every thread has loaded its columns of all blocks up to b + 1, and blocks beyond b are not touched yet: so no store
-    meets a column that is still to be read. The tail is one more block; its load and its stores have their own barrier.
+    below (b+1)B/2 <= max(bB, B/2): in blocks up to b - 1, or in block 0 for b = 0. Ahead of them comes a barrier, and
+    ahead of that every thread has used its columns of block b - 1, to store them; so no store meets a column that is
+    still to be read. Block 0, and the tail if it is the first block, are stored over themselves: a barrier does not
+    say that loads ahead of it have arrived, on AMD they may be under way. So the tail's stores wait for `_arrived`; for
+    block 0 the compiler waits ahead of the first barrier, to load block 1, and the gate sees to it that it does.
     """
     n_full = n_cols // BLOCK * BLOCK
     DTYPE: tl.constexpr = dx_row.dtype.element_ty
@@ -179,7 +188,7 @@ def _gradient(
     if n_full < n_cols:
         x, inside, offs = _tail(x_row, n_cols, cols, UNIT, BLOCK)
         if OVERLAP:
-            tl.debug_barrier()
+            inside = inside & _arrived(x)
         dx = _softmax_slope(x, c, scale, softcap_rate, c0, c1, ENTROPY, SOFTCAP, DTYPE)
         tl.store(dx_row + offs, dx.to(DTYPE), mask=inside)
 
@@ -189,6 +198,12 @@ def _write_zeros(dx_row, n_cols, cols, BLOCK: tl.constexpr):
     for start in range(0, n_cols, BLOCK):
         offs = start + cols
         tl.store(dx_row + offs, tl.zeros(cols.shape, dx_row.dtype.element_ty), mask=offs < n_cols)
+
+
+@triton.jit
+def _exists(column, n_cols):
+    """Asked again wherever it matters: an answer kept through a sweep costs it registers."""
+    return (column >= 0) & (column < n_cols)
 
 
 @triton.jit
@@ -203,7 +218,7 @@ def _load_or_none(ptr, row):
 def rows_kernel(
     x_ptr,  # (R, V) logits, rows of x_units * X_UNIT elements
     dx_ptr,  # (R, V) their gradient, or None; may be x_ptr
-    targets_ptr,  # (R,) int64
+    targets_ptr,  # (R,) int64; one outside [0, n_cols) makes NaN of its row, unless the row is dead
     partials_ptr,  # (R, SLICES, 4) float32: c, s, a of a slice and the target's logit; None if PART is "whole"
     table_ptr,  # (R, 16) float32, or None: the PPO objective, of the seven (R,) float32 vectors that follow
     weights_ptr, advantages_ptr, old_ptr, ref_ptr, is_ptr, sampler_ptr,
@@ -258,7 +273,7 @@ def rows_kernel(
         HERE: tl.constexpr = SLICES // NUM_PARTS
         c = tl.reshape(c, [HERE, WIDTH // LANE // HERE])
         c, s, a = _merged(c, tl.reshape(s, c.shape), tl.reshape(a, c.shape), 1)
-        x_target = tl.load(x_row + target).to(tl.float32)
+        x_target = tl.load(x_row + target, mask=_exists(target, n_cols), other=float("nan")).to(tl.float32)
     line = partials_ptr + (row * SLICES + part) * 4 if partials_ptr is not None else None
     if PART == "statistics":
         first = tl.arange(0, 1)
@@ -297,7 +312,7 @@ def rows_kernel(
             tl.store(entropy_ptr + row, entropy)
     if dx_ptr is not None:
         # -(g + h H) p - h p log p, with p = 2^d / s and log2 p = d - log2 s
-        g = g * inv_temperature
+        g = tl.where(_exists(target, n_cols), g, float("nan")) * inv_temperature
         c0, c1 = -g / s, tl.zeros_like(g)
         if ENTROPY:
             h = h * inv_temperature
@@ -306,25 +321,12 @@ def rows_kernel(
         dx_row = dx_ptr + row * dx_units * DX_UNIT
         tl.debug_barrier()  # every thread has read the target's logit, and nothing has been written yet
         _gradient(
-            x_row,
-            dx_row,
-            n_cols,
-            cols,
-            c,
-            scale,
-            softcap_rate,
-            c0,
-            c1,
-            ENTROPY,
-            SOFTCAP,
-            OVERLAP,
-            X_UNIT,
-            BLOCK,
-            STAGES,
-        )
+            x_row, dx_row, n_cols, cols, c, scale, softcap_rate, c0, c1,
+            ENTROPY, SOFTCAP, OVERLAP, X_UNIT, BLOCK, STAGES,
+        )  # fmt: skip
         tl.debug_barrier()  # the sweep has written the target's column; once more, with its own term
         at_target = tl.exp2(d_target) * tl.fma(tl.maximum(d_target, FAR), c1, c0) + g
         if SOFTCAP:
             at_target *= 1.0 - y_target * y_target
-        if target % ROW // WIDTH == part:
-            tl.store(dx_row + target, at_target.to(dx_ptr.dtype.element_ty))
+        mine = _exists(target, n_cols) & (target % ROW // WIDTH == part)
+        tl.store(dx_row + target, at_target.to(dx_ptr.dtype.element_ty), mask=mine)

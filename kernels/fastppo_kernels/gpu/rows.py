@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastppo_kernels.gpu.launch import (
     NO_DUAL_CLIP,
+    ROW_DTYPES,
     check_device,
     num_processors,
     on_device,
@@ -21,12 +22,10 @@ from fastppo_kernels.gpu.launch import (
 )
 from fastppo_kernels.gpu.maths import ESTIMATOR_CODES
 from fastppo_kernels.gpu.row_kernels import rows_kernel
-from fastppo_kernels.gpu.shapes import MAX_REGISTERS, THREADS, LaunchShape, launch_shape, splits_rows
+from fastppo_kernels.gpu.shapes import LaunchShape, launch_shape, splits_rows
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def ppo_rows(
@@ -39,26 +38,30 @@ def ppo_rows(
     entropy: bool,
     dlogits: Tensor | None,
     split: bool | None = None,
+    shape: LaunchShape | None = None,
 ) -> Tensor:
     """(R, 16) float32 table of the PPO objective, and its gradient with respect to the logits.
 
     Args:
         logits: (R, V), before soft-cap and temperature.
-        targets: (R,) int64 in [0, V); anything where the weight is 0.
+        targets: (R,) int64 in [0, V); anything where the weight is 0. Elsewhere a target outside, which the host does
+            not look for, makes the row's loss, log-prob and gradient NaN.
         rows: (R,) each. A row of weight 0 gives zeros, whatever stands in it.
         settings, head: of the objective and of the logits.
         entropy: fill the column `entropy`; needed if entropy_coef != 0.
         dlogits: (R, V) for the gradient of the sum of column `loss`, or None. May be the logits, or a 2-byte tensor
             whose rows start where those of the float32 logits start.
         split: whether several programs share a row; None lets `splits_rows` decide. The numbers are the same.
+        shape: of the launch, to try others than `launch_shape`: the order of summation follows it.
 
     Raises:
-        ValueError: CPU tensors without the interpreter, an unknown dtype, or dlogits overlapping the logits otherwise.
+        ValueError: CPU tensors without the interpreter, an unknown dtype, rows of dlogits that overlap each other, or
+            dlogits overlapping the logits otherwise.
     """
     table = torch.empty(logits.shape[0], len(PPO_COLUMNS), dtype=torch.float32, device=logits.device)
     names = ("old", "advantages", "weights", "ref", "is", "sampler")
     vectors = {f"{name}_ptr": vector(x) for name, x in zip(names, rows, strict=True)}
-    _launch(logits, targets, head, dlogits, split, entropy, {"table_ptr": table, **vectors}, settings)
+    _launch(logits, targets, head, dlogits, split, entropy, {"table_ptr": table, **vectors}, settings, shape)
     return table
 
 
@@ -99,19 +102,20 @@ def _launch(
     entropy: bool,
     pointers: dict[str, Tensor | None],
     settings: PPOSettings | None = None,
+    shape: LaunchShape | None = None,
 ) -> None:
     check_device(logits)
     _check_matrices(logits, dlogits)
     num_rows, vocab_size = logits.shape
     if num_rows == 0:
         return
-    shape = launch_shape(vocab_size, logits.element_size(), shared_memory_bytes(logits))
+    shape = shape or launch_shape(vocab_size, logits.element_size(), shared_memory_bytes(logits))
     overlap = dlogits is not None and _overlaps(logits, dlogits)
     if split is None:
         split = splits_rows(num_rows, num_processors(logits))
     arguments = _arguments(logits, targets, head, dlogits, entropy, pointers, settings or PPOSettings(), shape)
     arguments["OVERLAP"] = overlap
-    whole = options(shape.threads, max_registers=MAX_REGISTERS if shape.threads == THREADS else None)
+    whole = options(shape.threads, max_registers=shape.max_registers)
     with on_device(logits):
         # A 2-byte gradient over 4-byte logits lies under the logits of other slices, so one program keeps the row.
         if not split or shape.slices == 1 or overlap:
@@ -161,20 +165,26 @@ def _arguments(
 def _row_units(x: Tensor) -> tuple[int, int]:
     """(row stride in units, unit in elements): 16-byte units if rows start at multiples of them, else elements."""
     unit = 16 // x.element_size()
-    return (x.stride(0) // unit, unit) if x.stride(0) % unit == 0 else (x.stride(0), 1)
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % unit == 0
+    return (x.stride(0) // unit, unit) if aligned else (x.stride(0), 1)
 
 
 def _check_matrices(logits: Tensor, dlogits: Tensor | None) -> None:
     for name, x in (("logits", logits), ("dlogits", dlogits)):
         if x is None:
             continue
-        if x.dtype not in DTYPES:
+        if x.dtype not in ROW_DTYPES:
             raise ValueError(f"{name} must be bfloat16, float16 or float32 for the Triton kernels, got {x.dtype}")
         if x.ndim != 2 or x.shape != logits.shape or (x.stride(1) != 1 and x.shape[1] != 1):
             raise ValueError(
                 f"{name} must be (R, V) = {tuple(logits.shape)} with last stride 1, "
                 f"got {tuple(x.shape)} with strides {x.stride()}; call .contiguous() on it"
             )
+    if dlogits is not None and dlogits.shape[0] > 1 and dlogits.stride(0) < dlogits.shape[1]:
+        raise ValueError(
+            f"the rows of dlogits overlap: a row stride of {dlogits.stride(0)} < V = {dlogits.shape[1]}; a tensor made "
+            "by .expand() needs a .contiguous() before its gradient can be written over it"
+        )
 
 
 def _overlaps(logits: Tensor, dlogits: Tensor) -> bool:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import check_device, on_device
+from fastppo_kernels.gpu.launch import ROW_DTYPES, check_device, on_device
 
 BLOCK = 8192  # columns of a sweep's step
 LOG2_E = math.log2(math.e)
@@ -235,7 +235,8 @@ def sample(
 
     Args:
         logits: (R, V) float32, bfloat16 or float16; any row stride.
-        uniform: (R,) float in [0, 1), read as float32.
+        uniform: (R,) float32 or float64 in [0, 1). Rounded to float32, as is the CDF: a draw can differ from that of
+            the number given only where this lies within 6e-8 of a step of the CDF, and 1 draws the last column.
         temperature: > 0.
         top_k: keep the k most probable columns; 0 or V: all.
         top_p: then keep the fewest most probable columns whose mass reaches top_p; 1: all.
@@ -247,9 +248,14 @@ def sample(
             before truncation.
 
     Raises:
-        ValueError: CPU tensors, and kernels are not interpreted.
+        ValueError: CPU tensors, and kernels are not interpreted; or other dtypes.
     """
     check_device(logits)
+    if logits.dtype not in ROW_DTYPES or uniform.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "logits must be float32, bfloat16 or float16 and uniform float32 or float64, "
+            f"got {logits.dtype} and {uniform.dtype}; convert them with .float()"
+        )
     logits, uniform = logits.detach(), uniform.detach().contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     num_rows, vocab = logits.shape

@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastppo_kernels.gpu.launch import check_device, on_device
-from fastppo_kernels.reference import EXPONENT_LIMIT
+from fastppo_kernels.gpu.maths import ESTIMATOR_CODES, kl_penalty
 
 BLOCK_TOKENS = 1024
 BLOCK_VALUES = 4096  # numbers of a program of moments
-_LIMIT = tl.constexpr(EXPONENT_LIMIT)
 
 
 @triton.jit
@@ -100,14 +99,6 @@ def _gae_kernel(
 
 
 @triton.jit
-def _k3(x):
-    """exp(x) - 1 - x with the exponent clamped; a series near 0, where the terms cancel."""
-    small = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040))))))
-    large = tl.exp(tl.minimum(tl.maximum(x, -_LIMIT), _LIMIT)) - 1.0 - x
-    return tl.where(tl.abs(x) < 0.25, small, large)
-
-
-@triton.jit
 def _token_rewards_kernel(
     scores_ptr,  # (B,), or (N,) if PER_TOKEN
     logprobs_ptr,  # (N,)
@@ -118,7 +109,7 @@ def _token_rewards_kernel(
     B,
     N,
     kl_coef,
-    ESTIMATOR: tl.constexpr,  # 1, 2 or 3
+    ESTIMATOR: tl.constexpr,  # a value of ESTIMATOR_CODES
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -135,13 +126,8 @@ def _token_rewards_kernel(
         reward = tl.load(scores_ptr + at, mask=scored, other=0.0).to(tl.float32)
         if ref_logprobs_ptr is not None:
             logprob = tl.load(logprobs_ptr + t, mask=action, other=0.0).to(tl.float32)
-            d = logprob - tl.load(ref_logprobs_ptr + t, mask=action, other=0.0).to(tl.float32)
-            kl = d
-            if ESTIMATOR == 2:
-                kl = d * d * 0.5
-            elif ESTIMATOR == 3:
-                kl = _k3(-d)
-            reward -= kl_coef * kl
+            ref_logprob = tl.load(ref_logprobs_ptr + t, mask=action, other=0.0).to(tl.float32)
+            reward -= kl_coef * kl_penalty(logprob, ref_logprob, ESTIMATOR)[0]
         tl.store(rewards_ptr + t, tl.where(action, reward, 0.0), mask=t >= low)
 
 
@@ -243,7 +229,8 @@ def token_rewards(
     num_sequences, num_tokens = cu_seqlens.shape[0] - 1, logprobs.shape[0]
     credit, lp, ref, cu, live = _flat(scores, logprobs, ref_logprobs if kl_coef else None, cu_seqlens, _bytes(mask))
     rewards = _output(num_tokens, num_sequences, logprobs.device)
-    constants = {"ESTIMATOR": int(kl_estimator[1]), "PER_TOKEN": scores.shape[0] == num_tokens, "BLOCK": BLOCK_TOKENS}
+    per_token = scores.shape[0] == num_tokens
+    constants = {"ESTIMATOR": ESTIMATOR_CODES[kl_estimator], "PER_TOKEN": per_token, "BLOCK": BLOCK_TOKENS}
     with on_device(logprobs):
         if num_sequences:
             grid, sizes = (num_sequences,), (num_sequences, num_tokens)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 THREADS = 512  # of a program on a large vocabulary, which has a multiprocessor to itself
-MAX_REGISTERS = 65536 // THREADS
+REGISTERS = 65536  # of a multiprocessor, NVIDIA's
 SLICES = 8  # of a row, when rows are few
 BLOCK_COLUMNS = 16384
 RESERVED_SHARED_BYTES = 8192  # for reductions across warps
@@ -18,6 +18,13 @@ class LaunchShape(NamedTuple):
     reps: int
     slices: int
     stages: int
+    programs: int = 1  # that shall fit a multiprocessor, as far as registers go
+
+    @property
+    def max_registers(self) -> int | None:
+        """Per thread; None where the instruction set has no more."""
+        limit = REGISTERS // (self.threads * self.programs)
+        return limit if limit < 256 else None
 
     @property
     def row(self) -> int:
