@@ -89,6 +89,8 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         ValueError: it is damaged, incomplete, or holds models only.
     """
+    inside = sorted(path.name for path in _candidates(folder / "checkpoints"))
+    require(not inside, f"{folder} is a run folder: give one of its checkpoints/, {', '.join(inside)}")
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         missing = [name for name in sums if not (folder / name).is_file()]

@@ -7,6 +7,7 @@ import inspect
 import json
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -52,7 +53,7 @@ class FunctionReward:
         thread.join(self.timeout_s)
         if "error" in outcome:
             error = outcome["error"]
-            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
+            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}{_place(error)}") from error
         if "value" not in outcome:
             raise RewardError(f"reward {self.name!r} did not return within timeout_s = {self.timeout_s} s")
         return outcome["value"]
@@ -112,6 +113,12 @@ def import_function(spec: str) -> Callable[..., Any]:
         raise InputError(f"cannot import {spec!r}: {type(error).__name__}: {error}{hint}") from error
     require(callable(found), f"{spec!r} must be a function, got a {type(found).__name__}")
     return found
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's own code raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 async def _awaited(result: Any) -> Any:

@@ -153,7 +153,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise InputError(f"no usable tokenizer at {path!r}: {_first_line(error)}") from error
+        reason = _first_line(error) if has_tokenizer(path) else "it has none of its files"
+        ways = "copy tokenizer.json and tokenizer_config.json there, or call tokenizer.save_pretrained on it"
+        raise InputError(f"no usable tokenizer at {path!r} ({reason}): {ways}") from error
 
 
 def has_tokenizer(path: str) -> bool:

@@ -50,7 +50,6 @@ def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
         found, passed_over = checkpoint.newest(folder / "checkpoints")
     for reason in passed_over:
         print(f"resume: passed over: {reason}", flush=True)
-    print(f"resume: {_described(found, config)}", flush=True)
     if resume != LATEST and folder.resolve() not in Path(resume).resolve().parents:
         require_unused(folder)
     elif (folder / "config.json").exists():
@@ -59,6 +58,7 @@ def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
         differ = refuse_another_run(found.numbers["config"], config, f"the checkpoint {str(found.path)!r}")
         if portions := ", ".join(sorted(PORTION_KEYS.intersection(differ))):
             print(f"resume: {portions} changed: not bit for bit", flush=True)
+    print(f"resume: {_described(found, config)}", flush=True)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -14,17 +15,19 @@ from fastppo.config import RunConfig
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a run file.
+    """Read a run file: TOML, or the config.json of a run folder.
 
     Raises:
         ValueError: the file cannot be read, is not TOML, or does not describe a legal run.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tables = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InputError(f"cannot read the run file {str(path)!r}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        kind = "JSON" if Path(path).suffix == ".json" else "TOML"
+        raise InputError(f"{path} is not valid {kind}: {error}") from error
     return from_dict(RunConfig, tables)
 
 

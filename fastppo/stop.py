@@ -3,10 +3,12 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+ONE_REQUEST = 2.0  # seconds within which signals are one: make, timeout and torchrun pass on what the group got itself
 MESSAGE = b"\nstopping when this iteration is done; once more to stop now\n"
 
 
@@ -20,17 +22,21 @@ def stop(signals: Collection[int]) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Yields a list that the number of the first SIGINT or SIGTERM is put into; the second raises KeyboardInterrupt.
+    """Yields a list that the number of a SIGINT or SIGTERM is put into; a later one raises KeyboardInterrupt.
 
     A signal that was ignored stays ignored. Outside the main thread, where Python takes no handlers, none is changed.
     """
     received: list[int] = []
+    first = 0.0
 
     def receive(number: int, _: FrameType | None) -> None:
-        if received:
+        nonlocal first
+        if received and time.monotonic() - first > ONE_REQUEST:
             raise KeyboardInterrupt
+        if not received:
+            first = time.monotonic()
+            os.write(1, MESSAGE)  # print may be in the middle of a line
         received.append(number)
-        os.write(1, MESSAGE)  # print may be in the middle of a line
 
     taken = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
