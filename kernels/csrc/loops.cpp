@@ -2,7 +2,8 @@
 // translation unit defines. Nothing here is inline across translation units, so nothing of the standard library is used.
 //
 // Most are plain loops, which the compiler turns into vectors. The width of a register changes no order of summation and
-// multiply-adds are made nowhere but in exp2.h, so all instruction sets that have those give the same bits.
+// multiply-adds that round differently are made in exp2.h alone, so all instruction sets that have those give the same
+// bits.
 
 #include "loops.h"
 
@@ -141,11 +142,20 @@ float dot(const void* given, const float* w, int64_t n) {
     return sum_of<kGroup>(lanes);
 }
 
+// a * b + c where a and b are float32: the product is exact in double, so that fusing it changes no bit.
+FASTPPO_INLINE double add_product(float a, float b, double c) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+    return __builtin_fma(double{a}, double{b}, c);
+#else
+    return double{a} * double{b} + c;
+#endif
+}
+
 template <typename T>
 void spread(float slope, const void* hidden, const float* weight, int64_t n, void* dhidden, double* dweight) {
     const T* x = static_cast<const T*>(hidden);
     T* out = static_cast<T*>(dhidden);
-    for (int64_t j = 0; j < n; ++j) dweight[j] += double{slope} * to_float(x[j]);
+    for (int64_t j = 0; j < n; ++j) dweight[j] = add_product(slope, to_float(x[j]), dweight[j]);
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) store_rounded(out + j, mul(set(slope), load(weight + j)));
     const int rest = static_cast<int>(n - j);
