@@ -3,8 +3,9 @@
     python bench/bench_linear_ppo_loss.py [--shapes 1024,896,151936] [--out FILE]
 
 Least operations: three products of 2 * R * V * H each (logits, gradient of hidden, gradient of the weight); peers that
-make the logits again in the backward do 8 R V H. "three products" are those alone, on whole matrices, with the operands
-and the library that the op uses on this device. Least bytes: hidden and weight read, their gradients written.
+make the logits again in the backward do 8 R V H. "three products" are those alone, with the operands and the library
+that the op uses on this device, on whole matrices and by chunks of rows as the op goes: compare with the faster of the
+two. Least bytes: hidden and weight read, their gradients written.
 `extra MB` is to be compared with one chunk of logits and the weight's gradient, which each setting states.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -30,17 +31,21 @@ from problems import (
     head_problem,
     head_truth,
     leaf,
+    liger_scaled,
     per_sequence,
     pick_head,
     policy_loss,
+    verl,
 )
 from torch import Tensor
 
 from fastppo_kernels import linear_ppo_loss
-from fastppo_kernels.head import default_chunk_size
-from fastppo_kernels.linear import product, runs_onednn
+from fastppo_kernels.head import CHUNK_BYTES, default_chunk_size
+from fastppo_kernels.linear import add_product, product, product_into, runs_onednn
 
-LIGER = "liger_kernel.chunked_loss"
+LIGER, LIGER_SCALED = "liger_kernel.chunked_loss", "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+VERL = "verl.utils.experimental.torch_functional"
+Score = Callable[[Tensor, Tensor, Rows], tuple[Tensor, Tensor | None]]  # log-probs and entropies
 SHAPES = (  # CPU, GPU
     [(1024, 128, 32000), (1024, 896, 32000), (1024, 128, 151936), (1024, 896, 151936)],
     [(8192, 4096, 128256), (16384, 896, 151936)],
@@ -58,13 +63,31 @@ def by_autograd(p: HeadProblem, loss: Any) -> Outputs:
     return gradients(loss(hidden, weight, p.rows), hidden=hidden, weight=weight)
 
 
-def three_products(hidden: Tensor, weight: Tensor) -> Outputs:
-    """The products of the op with logits in place of their gradient."""
+def whole_products(hidden: Tensor, weight: Tensor) -> Outputs:
+    """The products of the op with logits in place of their gradient; (R, V) is new memory on every call."""
     if runs_onednn(hidden):
         logits = product(hidden, weight)
         return {"dhidden": product(logits, weight.T), "dweight": product(hidden.T, logits.T)}
     logits = torch.mm(hidden, weight.T)
     return {"dhidden": torch.mm(logits, weight), "dweight": torch.mm(logits.T, hidden)}
+
+
+def chunked_products(hidden: Tensor, weight: Tensor, chunk: int, small: bool) -> Outputs:
+    """The same a chunk of rows at a time; `small` logits of a chunk fit the memory that the allocator keeps."""
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+    logits = hidden.new_empty(0 if small else chunk, weight.shape[0])
+    for x, dx in zip(hidden.split(chunk), dhidden.split(chunk), strict=True):
+        if runs_onednn(hidden):
+            made = product(x, weight) if small else logits[: len(x)]
+            if not small:
+                product_into(made, x, weight)
+            dx.copy_(product(made, weight.T))
+            add_product(dweight, made, x)
+        else:
+            made = torch.mm(x, weight.T, out=logits[: len(x)])
+            torch.mm(made, weight, out=dx)
+            dweight.addmm_(made.T, x)
+    return {"dhidden": dhidden, "dweight": dweight}
 
 
 def trl_loss(module: Any, hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
@@ -73,6 +96,11 @@ def trl_loss(module: Any, hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     function, chunk = module._ChunkedLogProbFunction, module._CHUNKED_LOGPROB_CHUNK_SIZE
     made = function.apply(hidden, weight, None, rows.targets, 1.0, chunk, None, 1.0, outputs)
     return policy_loss(made[0], made[1], rows)
+
+
+def scored_loss(score: Score, hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    logprobs, entropy = score(hidden, weight, rows)
+    return policy_loss(logprobs, entropy, rows)
 
 
 def liger(p: HeadProblem, loss_module: Any) -> Outputs:
@@ -102,15 +130,27 @@ def mean_cross_entropy(logits: Tensor, rows: Rows) -> Tensor:
 def variants(p: HeadProblem) -> dict[str, Variant | str]:
     on_cpu = p.hidden.device.type == "cpu"
     hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
+    chunk = default_chunk_size(weight.shape[0], hidden.device)
+    small = on_cpu and 4 * chunk * weight.shape[0] <= CHUNK_BYTES["cpu"]
+
+    def of(score: Score) -> Variant:
+        """A peer that makes log-probs, under the same loss as the others."""
+        return Variant(run=partial(by_autograd, p, partial(scored_loss, score)), note="8 R V H")
+
     no_entropy = "has no entropy" if p.rows.entropy_coef else ""
     made: dict[str, Variant | str] = {
         harness.OURS: Variant(run=lambda: fastppo(p)),
-        "three products": Variant(run=lambda: three_products(hidden, weight), truth={}, note="no loss, whole matrices"),
+        "three products, whole": Variant(run=lambda: whole_products(hidden, weight), truth={}, note="no loss"),
+        "three products, chunks": Variant(
+            run=lambda: chunked_products(hidden, weight, chunk, small), truth={}, note="no loss"
+        ),
         "torch eager": Variant(run=lambda: by_autograd(p, head_loss)),
         "torch.compile": Variant(run=partial(by_autograd, p, torch.compile(head_loss, dynamic=False))),
         "TRL 1.16 chunked": harness.peer(
             "trl.trainer.utils", lambda m: Variant(run=lambda: by_autograd(p, partial(trl_loss, m)), note="8 R V H")
         ),
+        "Liger scaled CE": harness.peer(LIGER_SCALED, lambda m: of(partial(liger_scaled, m))),
+        "verl FusedLinearForPPO": harness.peer(VERL, lambda m: of(partial(verl, m))),
         "Liger GRPO": no_entropy or harness.peer(LIGER, partial(liger_variant, p, False)),
         "Liger GRPO compiled": no_entropy or harness.peer(LIGER, partial(liger_variant, p, True)),
         "torch linear_cross_entropy": "cross-entropy only" if no_entropy else "not in this torch",

@@ -115,7 +115,7 @@ def liger_variant(p: LogitsProblem, module: Any) -> Variant:
             padded[b, :length].copy_(sequence)
 
     def pick(outputs: Outputs) -> Outputs:
-        return pick_logits({"loss": outputs["loss"], "dlogits": outputs["dlogits"][-1, :length]})
+        return pick_logits({"loss": outputs["loss"], "dlogits": outputs["dlogits"][:, :length].flatten(0, 1)})
 
     def before() -> None:
         fill(p.logits, p.source)

@@ -1,8 +1,9 @@
 """Times variants of one op against each other: outputs checked first, then in turn, in one process.
 
 A variant that does not match float64 is not timed. Rounds run every variant once, in order, so a slow minute of the
-machine meets all of them; ratios are taken round by round, and their median is what to quote. The least bytes and
-operations of an op are written out by its script; here they become shares of the copy and matmul rates of this machine.
+machine meets all of them; ratios are taken round by round, and their median is what to quote. On a GPU every variant is
+timed once more as a CUDA graph. The least bytes and operations of an op are written out by its script; here they become
+shares of the copy and matmul rates of this machine.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import copy_rate, machine, matmul_rate, seconds_per_call
+from machine import captured, copy_rate, machine, matmul_rate, seconds_per_call
 from peak_memory import PeakMemory, resident_bytes
 from torch import Tensor
 
 Outputs = Mapping[str, Tensor]
 OURS = "fastppo"
+GRAPH_ROUNDS = 15
 PEERS_LEEWAY = 20.0  # some work in bfloat16 throughout; the error stands beside the time
 
 
@@ -134,12 +136,13 @@ def compare(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             errors[name] = found
         _free()
-    memory = {name: _peak_extra_bytes(v) for name, v in variants.items()}
+    memory = {name: _peak_extra_bytes(v, options.device) for name, v in variants.items()}
     rounds = _rounds(variants, options)
     lines = [
         {**_head(case), "variant": name, "note": v.note}
         | _numbers(case, rounds[name], rounds[OURS], options.device)
         | {"error": _short(errors[name]), "peak_extra_mb": _short(memory[name] / 2**20)}
+        | _graph(v, options.device)
         for name, v in variants.items()
     ]
     _print(case, lines, skipped)
@@ -232,7 +235,26 @@ def _time(variant: Variant, calls: int, device: str) -> tuple[float, float]:
     return seconds_per_call(variant.run, calls, device)
 
 
-def _peak_extra_bytes(variant: Variant) -> float:
+def _graph(variant: Variant, device: str) -> dict[str, Any]:
+    """On a GPU, the time of the kernels alone: the call captured in a CUDA graph, or why it cannot be.
+
+    Between two events an eager call of a few short kernels takes as long as Python needs to launch them.
+    """
+    if device == "cpu":
+        return {}
+    if variant.before:
+        variant.before()
+    try:
+        replay = captured(variant.run)
+        calls = _calls(Variant(run=lambda: replay() or {}), device)
+        times = [seconds_per_call(replay, calls, device)[0] for _ in range(GRAPH_ROUNDS)]
+    except Exception as error:  # of a peer as of the op: whatever waits for the device fails in its own way
+        torch.cuda.synchronize()
+        return {"no_graph": _reason(error)}
+    return {"graph_ms": _short(1e3 * statistics.median(times))}
+
+
+def _peak_extra_bytes(variant: Variant, device: str) -> float:
     """Highest memory during a call, its results included, above that before it.
 
     On the CPU by sampling the resident size: buffers of a few MB, which the allocator keeps, may be missed.
@@ -240,12 +262,12 @@ def _peak_extra_bytes(variant: Variant) -> float:
     if variant.before:
         variant.before()
     _free()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         variant.run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     before = resident_bytes()
     with PeakMemory(1e-3) as memory:
         outputs = variant.run()
@@ -293,11 +315,13 @@ def _print(case: Case, lines: list[dict[str, Any]], skipped: dict[str, str]) -> 
     setting = " ".join(f"{k}={v}" for k, v in case.setting.items())
     print(f"\n{case.op}  {setting}  least: {case.num_bytes / 1e9:.3g} GB, {case.flops / 1e9:.4g} GFLOP")
     print(f"  {'variant':26}{'median ms':>10}{'p20':>9}{'p80':>9}{'min':>9}{'CPU ms':>9}{'x fastppo':>10}", end="")
-    print(f"{'of copy':>9}{'of matmul':>10}{'extra MB':>10}{'error':>9}")
+    print(f"{'of copy':>9}{'of matmul':>10}{'graph ms':>10}{'extra MB':>10}{'error':>9}")
     for line in lines:
         cells = [line.get(key, math.nan) for key in ("median_ms", "p20_ms", "p80_ms", "min_ms", "cpu_ms")]
         print(f"  {line['variant']:26}{cells[0]:10.4g}" + "".join(f"{x:9.4g}" for x in cells[1:]), end="")
         print(f"{line['times_fastppo']:10.2f}{line['of_copy']:9.1%}{line.get('of_matmul', math.nan):10.1%}", end="")
-        print(f"{line['peak_extra_mb']:10.1f}{line['error']:9.1e}  {line['note']}")
+        print(
+            f"{line.get('graph_ms', math.nan):10.4g}{line['peak_extra_mb']:10.1f}{line['error']:9.1e}  {line['note']}"
+        )
     for name, why in skipped.items():
         print(f"  {name:26}skipped: {why}")

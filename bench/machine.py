@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from fastppo_kernels.linear import product, runs_onednn
 
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "flash-attn", "transformers")
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "verl", "flash-attn", "transformers")
 
 
 def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
@@ -36,23 +37,47 @@ def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> tupl
     return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
 
 
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """`run` as a CUDA graph: a call replays its kernels and pays neither Python nor its launches.
+
+    Raises:
+        RuntimeError: `run` waits for the device, or does something else that cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a first call allocates or compiles must not be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 @cache
 def copy_rate(device: str) -> float:
-    """Bytes read and written per second by a copy of a large tensor, the best of ten."""
+    """Bytes read and written per second by a copy of a large tensor: the median of ten, as variants are timed."""
     size = (1 << 30) if device != "cpu" else (1 << 28)
     x, y = torch.ones(2, size // 4, dtype=torch.float32, device=device)
-    return 2 * size / min(seconds_per_call(lambda: y.copy_(x), 1, device)[0] for _ in range(10))
+    return 2 * size / _median_seconds(lambda: y.copy_(x), device)
 
 
 @cache
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large product of random matrices, the best of ten, by the faster library."""
+    """Operations per second of a large product of random matrices, the median of ten, by the faster library."""
     n = 8192 if device != "cpu" else 1536
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     ways: list[Callable[[], object]] = [lambda: a @ b]
     if runs_onednn(a):
         ways.append(lambda: product(a, b))
-    return 2 * n**3 / min(seconds_per_call(way, 1, device)[0] for _ in range(10) for way in ways)
+    return 2 * n**3 / min(_median_seconds(way, device) for way in ways)
+
+
+def _median_seconds(run: Callable[[], object], device: str) -> float:
+    """Of ten calls, after one that warms up."""
+    run()
+    return statistics.median(seconds_per_call(run, 1, device)[0] for _ in range(10))
 
 
 @cache

@@ -7,7 +7,7 @@ within each of 8 sequences, because Liger takes one per sequence; no other varia
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from harness import Outputs
@@ -18,7 +18,7 @@ from fastppo_kernels import token_logprobs
 CLIP = 0.2
 ENTROPY_COEF = 0.01
 SEQUENCES = 8
-SAMPLE = 64  # rows, and columns of the weight, whose gradients are compared with float64
+SAMPLE = 64  # rows of logits, and of the weight, whose gradients are compared with float64, and a few more
 SOURCE_ROWS = 64  # different rows of logits
 
 
@@ -118,29 +118,40 @@ def head_loss(hidden: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     return rows_loss(hidden @ weight.T, rows)
 
 
+def spread(n: int) -> slice:
+    """SAMPLE or some more indices of range(n), as far apart as can be, the last one among them."""
+    step = max(1, n // SAMPLE)
+    return slice((n - 1) % step, None, step)
+
+
 def logits_truth(p: LogitsProblem) -> Outputs:
-    """The loss of all rows, and the gradient of the last SAMPLE of them, in float64."""
-    loss, gradient = torch.zeros((), dtype=torch.float64, device=p.source.device), None
-    for start in range(0, p.logits.shape[0], SOURCE_ROWS):
+    """In float64 the loss, the gradient of the rows in `spread`, and the sum of the gradients of all rows."""
+    R, V = p.logits.shape
+    chosen = torch.arange(R)[spread(R)]
+    loss, total = p.source.new_zeros((), dtype=torch.float64), p.source.new_zeros(V, dtype=torch.float64)
+    gradients_ = []
+    for start in range(0, R, SOURCE_ROWS):
         some = p.rows.take(slice(start, start + SOURCE_ROWS))
-        leaf = p.source[: some.targets.shape[0]].double().requires_grad_(start + SOURCE_ROWS >= p.logits.shape[0])
-        part = rows_loss(leaf, some)
-        loss += part.detach()
-        if leaf.requires_grad:
-            gradient = torch.autograd.grad(part, leaf)[0]
-    assert gradient is not None
-    return {"loss": loss, "dlogits": gradient[-SAMPLE:]}
+        leaf_ = leaf(p.source[: some.targets.shape[0]].double())
+        part = rows_loss(leaf_, some)
+        (gradient,) = torch.autograd.grad(part, leaf_)
+        loss, total = loss + part.detach(), total + gradient.sum(0)
+        gradients_.append(gradient[_within(chosen, start, SOURCE_ROWS)])
+    return {"loss": loss, "dlogits": torch.cat(gradients_), "dlogits_sum": total}
 
 
 def pick_logits(outputs: Outputs) -> Outputs:
-    return {"loss": outputs["loss"], "dlogits": outputs["dlogits"][-SAMPLE:]}
+    """What `logits_truth` has."""
+    dlogits = outputs["dlogits"]
+    total = dlogits.sum(0, dtype=torch.float64)
+    return {"loss": outputs["loss"], "dlogits": dlogits[spread(dlogits.shape[0])], "dlogits_sum": total}
 
 
 def head_truth(p: HeadProblem, loss: Callable[[Tensor, Rows], Tensor] = rows_loss) -> Outputs:
-    """The loss, dhidden of the last SAMPLE rows and dweight of the last SAMPLE tokens, in float64."""
-    R, H, V = p.shape
-    weight, total = p.weight.double(), torch.zeros((), dtype=torch.float64, device=p.hidden.device)
-    dweight, dhidden = torch.zeros(min(SAMPLE, V), H, dtype=torch.float64, device=p.hidden.device), weight[:0]
+    """The loss, dhidden of all rows and dweight of the tokens in `spread`, to which all rows contribute, in float64."""
+    R, _, V = p.shape
+    weight, total = p.weight.double(), p.weight.new_zeros((), dtype=torch.float64)
+    dweight, dhidden = torch.zeros_like(weight[spread(V)]), []
     for start in range(0, R, SAMPLE):
         some = slice(start, start + SAMPLE)
         hidden = p.hidden[some].double()
@@ -148,14 +159,35 @@ def head_truth(p: HeadProblem, loss: Callable[[Tensor, Rows], Tensor] = rows_los
         part = loss(logits, p.rows.take(some))
         (dlogits,) = torch.autograd.grad(part, logits)
         total += part.detach()
-        dweight += dlogits[:, -SAMPLE:].T @ hidden
-        dhidden = dlogits @ weight if start + SAMPLE >= R else dhidden
-    return {"loss": total, "dhidden": dhidden, "dweight": dweight}
+        dweight += dlogits[:, spread(V)].T @ hidden
+        dhidden.append(dlogits @ weight)
+    return {"loss": total, "dhidden": torch.cat(dhidden), "dweight": dweight}
 
 
 def pick_head(outputs: Outputs) -> Outputs:
-    """The part that `head_truth` has; R is a multiple of SAMPLE."""
-    return {name: x[-SAMPLE:] if x.ndim else x for name, x in outputs.items()}
+    """What `head_truth` has."""
+    return {**outputs, "dweight": outputs["dweight"][spread(len(outputs["dweight"]))]}
+
+
+def _within(chosen: Tensor, start: int, length: int) -> list[int]:
+    """Those of the rows `chosen` in start .. start + length - 1, counted from `start`."""
+    return [i - start for i in chosen.tolist() if start <= i < start + length]
+
+
+def liger_scaled(module: Any, hidden: Tensor, weight: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies of Liger's fused scaled cross-entropy.
+
+    A kernel of its own on Hopper; elsewhere verl's formulas in PyTorch, by chunks of 512 rows.
+    """
+    function, wanted = module.LigerFusedLinearScaledCrossEntropyFunction, rows.entropy_coef != 0
+    made = function.apply(hidden, weight, rows.targets, return_entropy=wanted)
+    return (-made[0], made[1]) if wanted else (-made, None)
+
+
+def verl(module: Any, hidden: Tensor, weight: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies of verl's chunked head; it makes both in any case."""
+    logprobs, entropy = module.FusedLinearForPPO()(hidden, weight, rows.targets)
+    return logprobs, entropy if rows.entropy_coef else None
 
 
 def grouped(x: Tensor, rows: Rows) -> Tensor:

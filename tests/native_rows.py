@@ -1,12 +1,15 @@
-"""Problems and references of the tests of the C++ row kernels."""
+"""Problems and references of the tests of the C++ row kernels, and the fixture of all tests of C++."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
+from hypothesis import HealthCheck
 from torch import Tensor
 
 from fastppo_kernels import reference
+from fastppo_kernels.native import isa as isas
 from fastppo_kernels.native import rows as native
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings
@@ -19,10 +22,37 @@ DTYPES = (torch.float32, torch.bfloat16)
 COLUMN = {name: i for i, name in enumerate(PPO_COLUMNS)}
 
 
-@pytest.fixture(params=native.available_isas())
+@pytest.fixture(params=isas.available_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    """The instruction set that runs. It is the same for all examples of hypothesis: suppress `UNRESET`."""
+    monkeypatch.setenv(isas.ISA_VARIABLE, request.param)
     return request.param
+
+
+UNRESET = [HealthCheck.function_scoped_fixture]
+
+
+def on_every_isa(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Sequence[Tensor]]) -> dict[str, Sequence[Tensor]]:
+    """What `run` returns, by instruction set."""
+    made = {}
+    for name in isas.available_isas():
+        monkeypatch.setenv(isas.ISA_VARIABLE, name)
+        made[name] = run()
+    return made
+
+
+def on_threads(run: Callable[[], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """What `run` returns on one, two and five threads."""
+    made = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        made.append(run())
+    return made
+
+
+def assert_same_bits(made: Iterable[Sequence[Tensor]]) -> None:
+    first, *others = made
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def strided(x: Tensor, extra: int) -> Tensor:

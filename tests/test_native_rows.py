@@ -1,6 +1,9 @@
 """Laws of the C++ row kernels, for every instruction set that this CPU has."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels import reference
+from fastppo_kernels.native import isa as isas
 from fastppo_kernels.native import rows as native
+from fastppo_kernels.native.library import library_path
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from native_rows import DTYPES, HEADS, PLAIN, check_logprobs, isa, problem, strided
@@ -45,11 +50,11 @@ def test_the_shapes_of_real_models(R: int, V: int, dtype: torch.dtype):
 @pytest.mark.parametrize("V", list(range(1, 140)))
 def test_every_length_of_the_last_vector(V: int):
     """Nothing is read or written behind the row, nothing before it is forgotten; every lane once, on all at a time."""
-    for name, number in native.available_isas().items():
+    for name, number in isas.available_isas().items():
         for dtype in DTYPES:
             logits, targets = problem(2, V, dtype)
             batch = native._batch(logits, targets, PLAIN, entropy=False, dlogits=None)
-            assert batch.isa in native.available_isas().values()
+            assert batch.isa in isas.available_isas().values()
             logprobs = torch.empty(2)
             batch.isa = number
             assert native.load().fastppo_logprob_rows(native.byref(batch), logprobs.data_ptr(), None) == -1
@@ -193,14 +198,44 @@ def test_tensors_the_kernels_cannot_take_are_refused():
     with pytest.raises(ValueError, match="rows of dlogits overlap"):
         backward(logits, torch.zeros(6).expand(4, 6))
     backward(wide, narrow)
+    for bad_targets in (targets.int(), targets[:3], targets[:, None]):
+        with pytest.raises(ValueError, match=r"targets \(R,\) int64, got"):
+            native.logprob_rows(logits, bad_targets, PLAIN, entropy=False)
+    with pytest.raises(ValueError, match="logits must be .* with V >= 1"):
+        native.logprob_rows(logits[:, :0], targets, PLAIN, entropy=False)
+    rows, bonus = PPORows(None, ones, ones), PPOSettings(entropy_coef=0.1)
+    with pytest.raises(ValueError, match=r"entropy_coef = 0.1 needs the entropy of every row; pass entropy=True"):
+        native.ppo_rows(logits, targets, rows, bonus, PLAIN, entropy=False, dlogits=None)
+
+
+# Without torch there is no OpenMP runtime in the process, and with no address space left no thread can be had.
+ALONE = """
+import ctypes, resource, sys
+library, N = ctypes.CDLL(sys.argv[1]), 1 << 20
+values, blocks, out = (ctypes.c_float * N)(*([1.0] * N)), (ctypes.c_double * (3 * N // 1024))(), (ctypes.c_double * 3)()
+if sys.argv[2] == "no threads":
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), used + (1 << 20)))
+library.fastppo_moments(ctypes.c_int64(N), values, None, blocks, out, library.fastppo_num_isas() - 1, 4)
+print(*out)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process as Linux tells it")
+@pytest.mark.parametrize("threads", ["threads", "no threads"])
+def test_a_thread_that_cannot_be_had_is_no_crash(threads: str):
+    """Nothing is thrown through the C ABI, where it would end the process."""
+    command = [sys.executable, "-c", ALONE, str(library_path()), threads]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["1048576.0", "1.0", "0.0"]), done.stderr
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(native.ISA_VARIABLE, "mmx")
+    monkeypatch.setenv(isas.ISA_VARIABLE, "mmx")
     with pytest.raises(
         ValueError, match="FASTPPO_ISA = 'mmx' is no instruction set of this CPU and build; available: "
     ):
         native.logprob_rows(*problem(1, 5), PLAIN, entropy=False)
-    monkeypatch.delenv(native.ISA_VARIABLE)
-    assert native.chosen_isa() == next(iter(native.available_isas().values()))
-    assert list(native.available_isas())[-1] == "portable"
+    monkeypatch.delenv(isas.ISA_VARIABLE)
+    assert isas.chosen_isa() == next(iter(isas.available_isas().values()))
+    assert list(isas.available_isas())[-1] == "portable"

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo_kernels import sample as public_sample
-from fastppo_kernels.native.sampling import sample
+from fastppo_kernels.native.sampling import _library, sample
+from native_rows import UNRESET, assert_same_bits, isa, on_every_isa, on_threads
 from numerics import assert_as_accurate, guarded
+
+__all__ = ["isa"]  # a fixture
 
 EDGES = torch.tensor([0.0, 1.0 - 2**-24, 0.5, 2**-24])  # the first and the last float32 of [0, 1) among them
 TRUNCATIONS: list[dict[str, Any]] = [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.8}]
@@ -73,6 +76,7 @@ def test_token_is_where_the_float64_cdf_crosses_the_uniform(
     assert (drawn[0] != expected)[2:].float().mean() <= 0.02  # rounding at a boundary of the CDF
 
 
+@settings(max_examples=60, suppress_health_check=UNRESET)
 @given(
     V=st.sampled_from([1, 2, 64, 127, 300, 5000]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -84,19 +88,27 @@ def test_token_is_where_the_float64_cdf_crosses_the_uniform(
     seed=st.integers(0, 99),
 )
 def test_truncated_draws_answer_to_a_full_sort(
-    V: int, dtype: torch.dtype, temperature: float, top_k: int, top_p: float, scale: float, masked: float, seed: int
+    isa: str,
+    V: int,
+    dtype: torch.dtype,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    scale: float,
+    masked: float,
+    seed: int,
 ) -> None:
     """Flat and peaked rows, with columns at -inf; bfloat16 logits have many ties."""
     torch.manual_seed(seed)
     logits = (scale * torch.randn(12, V)).to(dtype)
     logits[:, 1:][torch.rand(12, V - 1) < masked] = -torch.inf
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    truncation = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     uniform = torch.rand(12)
-    drawn = draw(guarded(logits), uniform, **settings)
-    p, before, rank = truth(logits, **settings)
+    drawn = draw(guarded(logits), uniform, **truncation)
+    p, before, rank = truth(logits, **truncation)
     if top_p < 1 and (before - top_p).abs().min() < 1e-6:
         return  # a sum so close to top_p that rounding decides whether one column more is kept
-    assert_draws(logits, uniform, drawn, **settings)
+    assert_draws(logits, uniform, drawn, **truncation)
 
 
 @pytest.mark.parametrize("tied", [5, 40, 3000])
@@ -134,7 +146,9 @@ def test_frequencies_are_the_probabilities(temperature: float, truncation: dict[
 @DTYPES
 @pytest.mark.parametrize("V", [6, 300, 1000])
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
-def test_a_token_of_probability_zero_is_never_drawn(V: int, truncation: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_token_of_probability_zero_is_never_drawn(
+    isa: str, V: int, truncation: dict[str, Any], dtype: torch.dtype
+) -> None:
     """-inf, the dtype's most negative number and an underflow, for u at both ends and beyond what rounding allows."""
     logits = torch.full((7, V), -math.inf, dtype=dtype)
     logits[:, [1, 2, 4]] = torch.tensor([0.0, 1.0, 0.5], dtype=dtype)
@@ -152,7 +166,7 @@ def test_a_token_of_probability_zero_is_never_drawn(V: int, truncation: dict[str
 @pytest.mark.parametrize("V", [1, 64, 700])
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_a_row_that_is_no_distribution_gives_a_token_in_range_and_nan(
-    rubbish: float, V: int, truncation: dict[str, Any]
+    isa: str, rubbish: float, V: int, truncation: dict[str, Any]
 ) -> None:
     logits = torch.randn(4, V)
     expected = draw(logits, EDGES, **truncation)
@@ -169,7 +183,7 @@ def test_a_row_that_is_no_distribution_gives_a_token_in_range_and_nan(
 
 @DTYPES
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
-def test_a_row_does_not_depend_on_the_others(truncation: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_the_others(isa: str, truncation: dict[str, Any], dtype: torch.dtype) -> None:
     """The same bits again, in another order, alone, and with rows further apart than V."""
     logits, uniform, order = (2 * torch.randn(40, 1003)).to(dtype), torch.rand(40), torch.randperm(40)
     drawn = draw(logits, uniform, **truncation)
@@ -185,7 +199,42 @@ def test_a_row_does_not_depend_on_the_others(truncation: dict[str, Any], dtype: 
         assert torch.equal(x, strided[i]) and torch.equal(x, transposed[i])
 
 
-def test_log_probs_have_the_digits_of_float32() -> None:
+@DTYPES
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_threads_change_no_bit(truncation: dict[str, Any], dtype: torch.dtype) -> None:
+    """Forty pieces of work: every thread draws many rows in the same scratch."""
+    logits, uniform = (2 * torch.randn(40, 1 << 16)).to(dtype), torch.rand(40)
+    assert_same_bits(on_threads(lambda: draw(logits, uniform, **truncation)))
+
+
+def test_the_work_is_shared() -> None:
+    """Each thread has a line of scratch of its own; a thread may come too late for any work, but not every time."""
+    logits, uniform, library = torch.randn(64, 1 << 16), torch.rand(64).double(), _library()
+    out = [torch.empty(64, dtype=torch.int64), torch.empty(64), torch.empty(64)]
+    for _ in range(100):
+        scratch = torch.zeros(2, library.fastppo_sample_scratch(1 << 16, 0, 1.0), dtype=torch.float64)
+        given, pointers = (logits.data_ptr(), 1 << 16, uniform.data_ptr()), [x.data_ptr() for x in (*out, scratch)]
+        library.fastppo_sample(64, 1 << 16, 0, *given, 1.0, 0, 1.0, *pointers, 0, 2)
+        if scratch.count_nonzero(1).all():
+            return
+    raise AssertionError("the second thread never drew a row")
+
+
+@DTYPES
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_a_fused_multiply_add_is_all_that_tells_instruction_sets_apart(
+    truncation: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, uniform = (2 * torch.randn(40, 1003)).to(dtype), torch.rand(40)
+    made = on_every_isa(monkeypatch, lambda: draw(logits, uniform, **truncation))
+    rounded_twice = made.pop("portable")
+    if made:
+        assert_same_bits(made.values())
+    for drawn in made.values():
+        assert torch.equal(drawn[0], rounded_twice[0]) and torch.allclose(drawn[1], rounded_twice[1], atol=1e-6)
+
+
+def test_log_probs_have_the_digits_of_float32(isa: str) -> None:
     """Two columns 0 to 1 nats apart, so that an error of the exponential is an error of the log-prob."""
     logits = torch.stack([torch.zeros(2000), -torch.linspace(0, 1, 2000)], 1)
     tokens, logprobs, _ = draw(logits, torch.rand(2000))
@@ -193,7 +242,7 @@ def test_log_probs_have_the_digits_of_float32() -> None:
     assert_as_accurate("logprobs", logprobs, baseline, exact)
 
 
-def test_a_constant_added_to_a_row_costs_no_accuracy() -> None:
+def test_a_constant_added_to_a_row_costs_no_accuracy(isa: str) -> None:
     """Logits on a grid that +-1e4 leaves exact: the very same draws."""
     logits, uniform = torch.randint(-40, 40, (50, 999)) / 8, torch.rand(50)
     expected = draw(logits, uniform, temperature=0.6)
@@ -201,6 +250,12 @@ def test_a_constant_added_to_a_row_costs_no_accuracy() -> None:
         assert all(
             torch.equal(a, e) for a, e in zip(draw(logits + offset, uniform, temperature=0.6), expected, strict=True)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniforms_of_half_a_width_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    logits, uniform = torch.randn(50, 300), torch.rand(50).mul(0.99).to(dtype)
+    assert_same_bits([draw(logits, uniform), draw(logits, uniform.double())])
 
 
 def test_float64_uniforms_are_not_rounded() -> None:
@@ -211,7 +266,7 @@ def test_float64_uniforms_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-8, 1e8])
-def test_extreme_temperatures(temperature: float) -> None:
+def test_extreme_temperatures(isa: str, temperature: float) -> None:
     """Towards 0 it is greedy, towards infinity uniform; nothing overflows on the way."""
     logits = torch.linspace(-1, 2, 4).expand(400, 4)
     tokens, logprobs, _ = draw(logits, torch.linspace(0, 1, 401)[:-1], temperature=temperature)
@@ -232,6 +287,6 @@ def test_the_public_op_draws_the_same(truncation: dict[str, Any]) -> None:
 
 def test_empty_batches_and_what_does_not_fit() -> None:
     assert [len(x) for x in draw(torch.zeros(0, 10), torch.zeros(0))] == [0, 0, 0]
-    for logits, uniform in ((torch.zeros(1, 2).half(), EDGES), (torch.zeros(1, 2), EDGES.bfloat16())):
-        with pytest.raises(ValueError, match="logits must be float32 or bfloat16 and uniform float32 or float64"):
+    for logits, uniform in ((torch.zeros(1, 2).half(), EDGES), (torch.zeros(1, 2), EDGES.long())):
+        with pytest.raises(ValueError, match="logits must be float32 or bfloat16 and uniform a float tensor, got"):
             draw(logits, uniform)

@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo_kernels import reference, whiten
 from fastppo_kernels.native.sequences import gae, moments, token_rewards
+from native_rows import UNRESET, assert_same_bits, isa, on_every_isa, on_threads
 from numerics import assert_as_accurate, guarded
+
+__all__ = ["isa"]  # a fixture
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 7, 8, 63, 64, 65, 130, 200]), max_size=4)
 
@@ -39,6 +42,7 @@ def loop(r: Tensor, v: Tensor, cu: Tensor, mask: Tensor, bootstrap: Tensor, gamm
     return out
 
 
+@settings(max_examples=60, suppress_health_check=UNRESET)
 @given(
     lengths=LENGTHS,
     kind=st.sampled_from(["none", "random", "runs", "all"]),
@@ -47,7 +51,7 @@ def loop(r: Tensor, v: Tensor, cu: Tensor, mask: Tensor, bootstrap: Tensor, gamm
     seed=st.integers(0, 99),
 )
 def test_gae_is_the_recurrence_rounded_once(
-    lengths: list[int], kind: str, decay: tuple[float, float], around: int, seed: int
+    isa: str, lengths: list[int], kind: str, decay: tuple[float, float], around: int, seed: int
 ) -> None:
     """Whole and partial blocks of 64, holes, tokens outside every sequence; NaN wherever nobody may read."""
     torch.manual_seed(seed)
@@ -102,6 +106,29 @@ def test_token_rewards_answer_to_float64(
     assert made[~action].eq(0).all()
 
 
+@pytest.mark.parametrize("kind", ["none", "random"])
+def test_neither_threads_nor_instruction_sets_change_a_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pieces of work, sequences of very different lengths in each."""
+    cu = packed([7, 20_000, 0, 33, 40_000, 1, 64, 30_000, 5, 9000] * 2)
+    N = int(cu[-1])
+    r, v, mask, scores = torch.randn(N), torch.randn(N), holes(N, kind), torch.randn(20)
+
+    def made() -> tuple[Tensor, ...]:
+        rewards = token_rewards(scores, r, v, cu, kl_coef=0.1, kl_estimator="k3", mask=mask)
+        return *gae(r, v, cu, gamma=0.99, lam=0.95, mask=mask), rewards, moments(r, mask)
+
+    assert_same_bits([*on_threads(made), *on_every_isa(monkeypatch, made).values()])
+
+
+@pytest.mark.parametrize("apart", [math.inf, -math.inf])
+def test_a_kl_estimate_of_what_is_infinitely_far_is_that_of_the_reference(apart: float) -> None:
+    given = (torch.zeros(1), torch.tensor([apart, 0.0]), torch.zeros(2), packed([2]))
+    for estimator in ("k1", "k2", "k3"):
+        made = token_rewards(*given, kl_coef=0.1, kl_estimator=estimator)
+        truth = reference.token_rewards(*given, kl_coef=0.1, kl_estimator=estimator)
+        assert torch.equal(made.nan_to_num(7.0), truth.nan_to_num(7.0)), estimator
+
+
 def test_the_score_goes_to_the_last_action_of_its_sequence() -> None:
     mask = torch.tensor([True, True, False, False, True, False])
     made = token_rewards(
@@ -128,7 +155,7 @@ def test_nothing_outside_the_tensors_is_read(cu: list[int]) -> None:
 @pytest.mark.parametrize("N", [1, 7, 1023, 1024, 1025, 20_000])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_moments_are_those_of_float64(N: int, masked: bool, offset: float) -> None:
+def test_moments_are_those_of_float64(isa: str, N: int, masked: bool, offset: float) -> None:
     mask = torch.rand(N) > 0.3 if masked else None
     values = torch.randn(N) * torch.linspace(0.1, 3, N) + offset
     chosen = values.double() if mask is None else values[mask].double()
@@ -143,7 +170,7 @@ def test_moments_are_those_of_float64(N: int, masked: bool, offset: float) -> No
 
 @pytest.mark.parametrize("constant", [0.1, 2075.3, -1e20])
 @pytest.mark.parametrize("N", [3, 4097, 10_000])
-def test_equal_values_deviate_by_exactly_nothing(constant: float, N: int) -> None:
+def test_equal_values_deviate_by_exactly_nothing(isa: str, constant: float, N: int) -> None:
     values = torch.full((N,), constant)
     assert moments(values, None).tolist() == [N, values[0].item(), 0.0]
 

@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastppo_kernels.native.values import linear_value_rows, value_rows
 from fastppo_kernels.table import VALUE_COLUMNS, value_table
+from native_rows import UNRESET, assert_same_bits, isa, on_every_isa, on_threads
 from numerics import assert_as_accurate, guarded
+
+__all__ = ["isa"]  # a fixture
 
 CLIPPED, DVALUE = VALUE_COLUMNS.index("clipped"), VALUE_COLUMNS.index("dvalue")
 
@@ -78,6 +81,7 @@ def linear_truth(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("H", [1, 5, 64, 127, 2049])
+@settings(max_examples=30, suppress_health_check=UNRESET)
 @given(
     R=st.sampled_from([0, 1, 3, 63, 258]),
     clip=st.sampled_from([None, 0.2]),
@@ -86,7 +90,14 @@ def linear_truth(
     pad=st.sampled_from([0, 3]),
 )
 def test_values_and_gradients_of_hidden_states(
-    R: int, H: int, clip: float | None, dead: float, bias: tuple[int, ...] | None, pad: int, dtype: torch.dtype
+    isa: str,
+    R: int,
+    H: int,
+    clip: float | None,
+    dead: float,
+    bias: tuple[int, ...] | None,
+    pad: int,
+    dtype: torch.dtype,
 ) -> None:
     """Odd and unaligned strides, dead rows of NaN, more rows than one chunk; what lies between rows stays untouched."""
     given_rows = rows(R, dead)
@@ -110,7 +121,7 @@ def test_values_and_gradients_of_hidden_states(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_may_overwrite_the_hidden_states(dtype: torch.dtype) -> None:
+def test_gradients_may_overwrite_the_hidden_states(isa: str, dtype: torch.dtype) -> None:
     hidden, weight, given_rows = torch.randn(70, 130).to(dtype), torch.randn(130), rows(70, 0.3)
     apart = torch.empty_like(hidden)
     expected = linear_value_rows(hidden, weight, None, *given_rows, 0.2, dhidden=apart)
@@ -119,12 +130,17 @@ def test_gradients_may_overwrite_the_hidden_states(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True) if a is not None and b is not None)
 
 
-def test_bfloat16_gradients_are_rounded_to_nearest_and_keep_nan() -> None:
+def test_bfloat16_gradients_are_rounded_to_nearest_and_keep_nan(isa: str) -> None:
     """A NaN whose bits are all ones must not carry into the sign: it would come out as -0."""
     hidden, weight = torch.randn(40, 333).bfloat16(), torch.randn(333)
     dhidden = torch.empty_like(hidden)
     table, _ = linear_value_rows(hidden, weight, None, *rows(40, 0.2), 0.2, dhidden=dhidden)
     assert torch.equal(dhidden, (table[:, DVALUE, None] * weight).bfloat16())
+    ties, slope_1 = 1 + torch.arange(1, 256, 2) * 2**-8, (torch.zeros(40), -torch.ones(40), torch.ones(40))
+    hidden = torch.zeros(40, len(ties)).bfloat16()
+    tied = torch.empty_like(hidden)
+    linear_value_rows(hidden, ties, None, *slope_1, None, dhidden=tied)
+    assert torch.equal(tied, ties.bfloat16().expand_as(tied))
     ones = torch.full((3,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     linear_value_rows(hidden[:, :3], ones, None, *rows(40, 0.0), 0.2, dhidden=dhidden[:, :3])
     assert dhidden[:, :3].isnan().all()
@@ -142,7 +158,22 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert torch.equal(alone, table[:1])
 
 
-def test_weight_gradients_of_many_rows_keep_their_digits() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_threads_nor_instruction_sets_change_a_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dozen pieces of work, the last one short, and a table of values alone in two."""
+    hidden, weight, given_rows = torch.randn(1500, 777).to(dtype), torch.randn(777), rows(1500, 0.2)
+    many = rows(5000, 0.2)
+
+    def made() -> tuple[Tensor, ...]:
+        dhidden = torch.empty_like(hidden)
+        table, dweight = linear_value_rows(hidden, weight, None, *given_rows, 0.2, dhidden=dhidden)
+        assert dweight is not None
+        return table, dweight, dhidden, value_rows(many[0].nan_to_num(), *many, 0.2)
+
+    assert_same_bits([*on_threads(made), *on_every_isa(monkeypatch, made).values()])
+
+
+def test_weight_gradients_of_many_rows_keep_their_digits(isa: str) -> None:
     """20,000 rows of one sign, added one after the other in float32, would lose three digits."""
     hidden, one = torch.rand(20_000, 3), torch.ones(20_000)
     given_rows = torch.zeros(20_000), -one, one

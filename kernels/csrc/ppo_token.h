@@ -14,8 +14,9 @@ constexpr int kPPOColumns = 16;
 
 inline double bounded(double x) { return x > kExponentLimit ? kExponentLimit : x < -kExponentLimit ? -kExponentLimit : x; }
 
-// exp(x) - 1 - x; beyond the limit the exponential keeps the value and the slope it has there.
-inline double k3(double x) { return std::expm1(bounded(x)) - x; }
+// exp(x) - 1 - x; beyond the limit the exponential keeps the value it has there. x - x makes it NaN at +-inf, as in
+// reference.k3.
+inline double k3(double x) { return std::expm1(bounded(x) + (x - x)) - x; }
 inline double k3_slope(double x) { return std::expm1(bounded(x)); }
 
 // value and d value / d logprob

@@ -6,50 +6,15 @@
 #include <cstring>
 
 #include "ppo_token.h"
+#include "threads.h"
 
 namespace fastppo {
-
-extern const RowKernels rows_portable;
-#if defined(__x86_64__)
-extern const RowKernels rows_avx2, rows_avx512, rows_avx512_bf16;
-#endif
-
 namespace {
 
 constexpr double kLog2E = 1.44269504088896340736;
-constexpr int64_t kPieceElements = 1 << 16;  // of a parallel loop: some 20 us of work
-constexpr int64_t kPieceTokens = 1 << 10;
-
-// Fastest first; the name is what FASTPPO_ISA takes.
-const InstructionSet kInstructionSets[] = {
-#if defined(__x86_64__)
-    {"avx512_bf16", [] {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-    }, &rows_avx512_bf16},
-    {"avx512", [] {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl");
-    }, &rows_avx512},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &rows_avx2},
-#endif
-    {"portable", [] { return true; }, &rows_portable},
-};
-constexpr int kNumInstructionSets = sizeof kInstructionSets / sizeof kInstructionSets[0];
+constexpr int64_t kTokenElements = 64;  // elements of a row that take as long as the objective of a token
 
 int64_t element_size(Dtype dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Rounded to nearest even, as the sweeps do.
-void set_element(void* row, Dtype dtype, int64_t j, float value) {
-    if (dtype == kFloat32) {
-        static_cast<float*>(row)[j] = value;
-        return;
-    }
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    static_cast<uint16_t*>(row)[j] = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
 
 // One row between its two sweeps: everything that is known of its softmax.
 struct Row {
@@ -64,7 +29,7 @@ struct Row {
     float logprob;
     float entropy;
 
-    Row(const Batch& b, int64_t i) : batch(b), kernels(*kInstructionSets[b.isa].kernels), target(b.targets[i]) {
+    Row(const Batch& b, int64_t i) : batch(b), kernels(*instruction_set(b.isa).rows), target(b.targets[i]) {
         scale.log2_scale = static_cast<float>(kLog2E / b.temperature);
         scale.softcap = static_cast<float>(b.softcap);
         scale.inverse_softcap = b.softcap != 0.0 ? static_cast<float>(1.0 / b.softcap) : 0.0f;
@@ -95,12 +60,12 @@ struct Row {
             sums.shift,
             static_cast<float>((slope * mean - constant) / sums.sum),
             static_cast<float>(-slope / sums.sum),
+            static_cast<float>(at_target),
+            target,
         };
         const bool cap = batch.softcap != 0.0;
-        void* out = dlogits(i);
         kernels.gradient[batch.logits_dtype][batch.dlogits_dtype][with_entropy][cap](
-            logits, out, batch.vocab_size, scale, gradient);
-        set_element(out, batch.dlogits_dtype, target, static_cast<float>(at_target));
+            logits, dlogits(i), batch.vocab_size, scale, gradient);
     }
 
     void* dlogits(int64_t i) const {
@@ -110,16 +75,15 @@ struct Row {
 
 // Calls body(i) for every row, in parallel.
 template <class Body>
-void for_each(int64_t count, int64_t piece, int num_threads, Body body) {
-    parallel_for(count, piece, num_threads, &body, [](void* context, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
+void for_each(int64_t num_rows, int64_t elements, int num_threads, Body body) {
+    parallel_for(num_rows, elements, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
     });
 }
 
 template <class Body>
 void for_each_row(const Batch& batch, Body body) {
-    const int64_t rows = kPieceElements / batch.vocab_size;
-    for_each(batch.num_rows, rows > 1 ? rows : 1, batch.num_threads, body);
+    for_each(batch.num_rows, batch.vocab_size, batch.num_threads, body);
 }
 
 // First row whose target is no column, or -1. Rows of weight 0 may hold anything.
@@ -137,10 +101,6 @@ int64_t first_bad_target(const Batch& batch, const float* weights) {
 using namespace fastppo;
 
 extern "C" {
-
-int fastppo_num_isas() { return kNumInstructionSets; }
-const char* fastppo_isa_name(int isa) { return kInstructionSets[isa].name; }
-int fastppo_isa_supported(int isa) { return kInstructionSets[isa].supported(); }
 
 // Every function below returns -1, or the first row whose target lies outside [0, V), having written nothing.
 
@@ -193,7 +153,7 @@ void fastppo_ppo_tokens(
     int64_t num_rows, const float* logprobs, const float* entropy, const PPORows* rows, const PPOSettings* settings,
     int num_threads, float* table
 ) {
-    for_each(num_rows, kPieceTokens, num_threads, [&](int64_t i) {
+    for_each(num_rows, kTokenElements, num_threads, [&](int64_t i) {
         ppo_token(logprobs[i], entropy ? entropy[i] : 0.0f, i, *rows, *settings, table + i * kPPOColumns);
     });
 }

@@ -1,18 +1,18 @@
-// What the files of the row kernels share: the C ABI structs (mirrored in native/rows.py) and the table of kernels that
-// every instruction set fills. Letters: R rows, V vocabulary.
+// The row ops: the C ABI structs (mirrored in native/rows.py) and the table of kernels that every instruction set fills.
+// Letters: R rows, V vocabulary.
 
 #pragma once
 
 #include <cstdint>
 
-namespace fastppo {
+#include "isa.h"
 
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+namespace fastppo {
 
 // A batch of rows. log p = log_softmax(softcap * tanh(z / softcap) / temperature) of every row of logits.
 struct Batch {
     const void* logits;        // (R, V)
-    void* dlogits;             // (R, V) or null: no gradient wanted; may lie over logits, see sweep_gradient
+    void* dlogits;             // (R, V) or null: no gradient wanted; may lie over logits, see gradient_sweep
     const int64_t* targets;    // (R,)
     int64_t num_rows;
     int64_t vocab_size;
@@ -24,7 +24,7 @@ struct Batch {
     Dtype dlogits_dtype;
     int32_t entropy;           // 1: entropy wanted
     int32_t num_threads;       // at most this many
-    int32_t isa;               // index into kInstructionSets
+    int32_t isa;               // of isa.h
 };
 
 // Constants of the objective, (R,) each; null where there are none.
@@ -64,11 +64,13 @@ struct RowSums {
     double weighted_sum;
 };
 
-// Second sweep: dlogits_j = e_j (constant + slope d_j) (dy/dz)_j
+// Second sweep: dlogits_j = e_j (constant + slope d_j) (dy/dz)_j, but at_target in the column of the target.
 struct Gradient {
     float shift;
     float constant;
     float slope;
+    float at_target;
+    int64_t target;
 };
 
 using SumSweep = RowSums (*)(const void* logits, int64_t vocab_size, int64_t target, const Scale&);
@@ -79,16 +81,5 @@ struct RowKernels {
     SumSweep sum[2][2][2];
     GradientSweep gradient[2][2][2][2];
 };
-
-struct InstructionSet {
-    const char* name;
-    bool (*supported)();
-    const RowKernels* kernels;
-};
-
-// Runs body(context, begin, end) over pieces of [0, count) on at most num_threads threads (threads.cpp).
-void parallel_for(
-    int64_t count, int64_t piece, int num_threads, void* context, void (*body)(void* context, int64_t begin, int64_t end)
-);
 
 }  // namespace fastppo

@@ -7,16 +7,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
+#include <functional>
 #include <limits>
-#include <memory>
 
-#include "portable.h"
+#include "loops.h"
+#include "threads.h"
 
 namespace fastppo {
 namespace {
 
-constexpr int64_t kBlock = 256;
 constexpr int64_t kSortable = 16;    // so few columns are sorted rather than bisected any further
 constexpr int kBisections = 40;      // 2^-40 of a row's range is less than one ulp of its largest logit
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -24,123 +23,23 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
-// 2^x for x <= 0, within 1e-7 of it; 0 below 2^-126.5, NaN for NaN, exactly 1 for 0. Adding 1.5 * 2^23 rounds to an
-// integer n in the low bits, and 2^-127, of exponent bits 0, is 0. The polynomial spreads its relative error evenly.
-FASTPPO_INLINE float exp2_of_negative(float x) {
-    const float bounded = -127.0f > x ? -127.0f : x;
-    const float shifted = bounded + 12582912.0f;
-    const float f = bounded - (shifted - 12582912.0f);
-    float p = 1.535336204e-4f;
-    p = p * f + 1.339887450e-3f;
-    p = p * f + 9.618437358e-3f;
-    p = p * f + 5.550332471e-2f;
-    p = p * f + 2.402264791e-1f;
-    p = p * f + 6.931472029e-1f;
-    p = p * f + 1.0f;
-    return p * float_of_bits((bits_of_float(shifted) + 127) << 23);
-}
-
-// Maximum of n columns (a multiple of kLanes; NaN counts as nothing) and the sum of 2^((z - maximum) * scale).
-FASTPPO_CLONES float sweep(const float* z, int64_t n, float scale, float* maximum) {
-    float lanes[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = -kInfinity;
-    for (int64_t j = 0; j < n; j += kLanes)
-        for (int64_t i = 0; i < kLanes; ++i) lanes[i] = Larger()(lanes[i], z[j + i]);
-    *maximum = fold(lanes, Larger());
-    const float origin = *maximum == -kInfinity ? 0.0f : *maximum;  // -inf - -inf would be NaN
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = 0.0f;
-    for (int64_t j = 0; j < n; j += kLanes)
-        for (int64_t i = 0; i < kLanes; ++i) lanes[i] += exp2_of_negative((z[j + i] - origin) * scale);
-    return fold(lanes, Add());
-}
-
-FASTPPO_CLONES void exponentials(const float* z, int64_t n, float origin, float scale, float* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = exp2_of_negative((z[i] - origin) * scale);
-}
-
-FASTPPO_CLONES void widen(const bfloat16* z, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = to_float(z[i]);
-}
-
-struct Mass {
-    double sum;
-    int64_t count;
-};
-
-// Sum of the weights, and number, of the columns with z > cut. Lanes of float32 for a block, then double.
-FASTPPO_CLONES Mass mass_above(const float* z, const float* weights, int64_t n, float cut) {
-    double sum = 0.0;
-    int64_t count = 0;
-    for (int64_t first = 0; first < n; first += kBlock) {
-        const int64_t last = std::min(first + kBlock, n);
-        float lanes[kLanes] = {};
-        int32_t counts[kLanes] = {};
-        int64_t j = first;
-        for (; j + kLanes <= last; j += kLanes)
-            for (int64_t i = 0; i < kLanes; ++i) {
-                lanes[i] += z[j + i] > cut ? weights[j + i] : 0.0f;
-                counts[i] += z[j + i] > cut ? 1 : 0;
-            }
-        for (int64_t i = 0; j + i < last; ++i) {
-            lanes[i] += z[j + i] > cut ? weights[j + i] : 0.0f;
-            counts[i] += z[j + i] > cut ? 1 : 0;
-        }
-        sum += fold(lanes, Add());
-        count += fold(counts, Add());
-    }
-    return {sum, count};
-}
-
-FASTPPO_INLINE bool any_between(const float* z, int64_t n, float below, float above) {
-    int32_t any = 0;
-    for (int64_t i = 0; i < n; ++i) any |= (z[i] > below) & (z[i] <= above);
-    return any != 0;
-}
-
-// Indices of the columns with below < z <= above, rising; returns how many.
-FASTPPO_CLONES int64_t indices_between(const float* z, int64_t n, float below, float above, int32_t* indices) {
-    int64_t found = 0;
-    for (int64_t first = 0; first < n; first += kLanes) {
-        const int64_t length = std::min(kLanes, n - first);
-        if (length == kLanes && !any_between(z + first, kLanes, below, above)) continue;
-        for (int64_t i = first; i < first + length; ++i) {
-            indices[found] = static_cast<int32_t>(i);
-            found += (z[i] > below) & (z[i] <= above);
-        }
-    }
-    return found;
-}
-
-FASTPPO_CLONES void drop(float* z, float* weights, int64_t n, float cut, int64_t tie) {
-    for (int64_t i = 0; i <= tie; ++i) {  // columns that a tie keeps
-        weights[i] = z[i] >= cut ? weights[i] : 0.0f;
-        z[i] = z[i] >= cut ? z[i] : -kInfinity;
-    }
-    for (int64_t i = tie + 1; i < n; ++i) {
-        weights[i] = z[i] > cut ? weights[i] : 0.0f;
-        z[i] = z[i] > cut ? z[i] : -kInfinity;
-    }
-}
-
 // A row of logits read in blocks of float32.
-template <typename T>
 struct Row {
-    const T* logits;
+    const Loops& loops;
+    Dtype dtype;
+    const char* logits;
     int64_t num_columns;
 
-    // Block b and its length rounded up to kLanes, -inf past the end of the row. The buffer holds a block.
+    // Block b and its length rounded up to kGroup, -inf past the end of the row. The buffer holds a block.
     const float* block(int64_t b, int64_t* length, float* buffer) const {
         const int64_t first = b * kBlock, n = std::min(kBlock, num_columns - first);
-        *length = (n + kLanes - 1) / kLanes * kLanes;
-        if constexpr (sizeof(T) == sizeof(float))
-            if (n == *length) return logits + first;
-        copy(logits + first, n, buffer);
+        *length = (n + kGroup - 1) / kGroup * kGroup;
+        const char* z = logits + first * (dtype == kFloat32 ? 4 : 2);
+        if (dtype == kFloat32 && n == *length) return reinterpret_cast<const float*>(z);
+        loops.widen[dtype](z, n, buffer);
         std::fill(buffer + n, buffer + *length, -kInfinity);
         return buffer;
     }
-
-    static void copy(const float* z, int64_t n, float* out) { std::copy(z, z + n, out); }
-    static void copy(const bfloat16* z, int64_t n, float* out) { widen(z, n, out); }
 };
 
 struct Settings {
@@ -154,24 +53,26 @@ struct Draw {
     double logprob, log_mass;
 };
 
-// Memory of one thread for rows of V columns; what truncation does not touch costs nothing.
+// Memory of one thread for rows of V columns, which the caller gives; no row finds in it what another one left.
 struct Scratch {
-    explicit Scratch(int64_t num_columns)
-        : maxima(new float[blocks_of(num_columns)]),
-          sums(new float[blocks_of(num_columns)]),
-          masses(new double[blocks_of(num_columns)]) {}
+    Scratch(double* memory, int64_t num_columns)
+        : masses(memory),
+          maxima(reinterpret_cast<float*>(memory + blocks_of(num_columns))),
+          sums(maxima + blocks_of(num_columns)),
+          z(sums + blocks_of(num_columns)),
+          weights(z + num_columns),
+          columns(reinterpret_cast<int32_t*>(weights + num_columns)),
+          order(columns + num_columns) {}
 
-    void reserve_columns(int64_t num_columns) {
-        z.reset(new float[num_columns]);
-        weights.reset(new float[num_columns]);
-        columns.reset(new int32_t[num_columns]);
-        order.reset(new int32_t[num_columns]);
+    static int64_t doubles(int64_t num_columns, bool truncated) {
+        const int64_t cache_line = 8, n = 2 * blocks_of(num_columns) + (truncated ? 2 * num_columns : 0);
+        return (n + 2 * cache_line - 1) / cache_line * cache_line;  // so that threads share no line
     }
 
-    std::unique_ptr<float[]> maxima, sums;
-    std::unique_ptr<double[]> masses;
-    std::unique_ptr<float[]> z, weights;  // of the columns that truncation considers, in the order of the vocabulary
-    std::unique_ptr<int32_t[]> columns, order;
+    double* masses;
+    float *maxima, *sums;
+    float *z, *weights;  // of the columns that truncation considers, in the order of the vocabulary; from here on unused
+    int32_t *columns, *order;  // without truncation
 };
 
 // The first block at whose end the CDF exceeds the threshold, else (rounding) the last that has mass. *before is the
@@ -200,14 +101,14 @@ int64_t find_column(const float* weights, int64_t n, double threshold) {
 
 // Drops from the n columns of the scratch all but the fewest of largest z (ties: of lowest column) whose weights reach the
 // target: the others get weight 0 and z -inf. Every z that is not -inf lies in (below, above].
-void narrow(Scratch& s, int64_t n, double target, float below, float above) {
-    const float *z = s.z.get(), *weights = s.weights.get();
+void narrow(const Loops& loops, const Scratch& s, int64_t n, double target, float below, float above) {
+    const float *z = s.z, *weights = s.weights;
     Mass kept{0.0, 0};  // of z > above: less than the target, which the mass of z > below reaches
     int64_t undecided = n;
     for (int i = 0; i < kBisections && undecided > kSortable; ++i) {
         const float middle = 0.5f * below + 0.5f * above;
         if (!(below < middle && middle < above)) break;
-        const Mass mass = mass_above(z, weights, n, middle);
+        const Mass mass = loops.mass_above(z, weights, n, middle);
         if (mass.sum < target) {
             undecided -= mass.count - kept.count;
             above = middle, kept = mass;
@@ -215,21 +116,21 @@ void narrow(Scratch& s, int64_t n, double target, float below, float above) {
             below = middle, undecided = mass.count - kept.count;
         }
     }
-    int32_t* order = s.order.get();
-    const int64_t m = indices_between(z, n, below, above, order);
+    int32_t* order = s.order;
+    const int64_t m = loops.indices_between(z, n, below, above, order);
     const auto before = [z](int32_t a, int32_t b) { return z[a] != z[b] ? z[a] > z[b] : a < b; };
     if (!std::is_sorted(order, order + m, before)) std::sort(order, order + m, before);
     int64_t last = 0;
     for (double sum = kept.sum + weights[order[0]]; sum < target && last + 1 < m; sum += weights[order[last]]) ++last;
-    drop(s.z.get(), s.weights.get(), n, z[order[last]], order[last]);
+    loops.drop(s.z, s.weights, n, z[order[last]], order[last]);
 }
 
 // One row's sampling, in steps that share its statistics.
-template <typename T>
 struct Sampler {
-    const Row<T>& row;
+    const Row& row;
     const Settings& settings;
-    Scratch& scratch;
+    const Scratch& scratch;
+    const Loops& loops = row.loops;
     float scale = 0.0f;      // log2(e) / temperature
     float maximum = -kInfinity;
     double total = 0.0;      // of exp((z - maximum) / temperature), NaN for a row that is no distribution
@@ -242,12 +143,16 @@ struct Sampler {
         for (int64_t b = 0; b < n; ++b) {
             int64_t length;
             const float* z = row.block(b, &length, buffer);
-            scratch.sums[b] = sweep(z, length, scale, &scratch.maxima[b]);
+            scratch.sums[b] = loops.sweep(z, length, scale, &scratch.maxima[b]);
             maximum = std::max(maximum, scratch.maxima[b]);
         }
-        for (int64_t b = 0; b < n; ++b) {
-            scratch.masses[b] = double{scratch.sums[b]} * exp2_of_negative((scratch.maxima[b] - maximum) * scale);
-            total += scratch.masses[b];
+        for (int64_t first = 0; first < n; first += kBlock) {
+            const int64_t length = std::min(kBlock, n - first);
+            loops.exponentials(scratch.maxima + first, length, maximum, scale, buffer);
+            for (int64_t i = 0; i < length; ++i) {
+                scratch.masses[first + i] = double{scratch.sums[first + i]} * buffer[i];
+                total += scratch.masses[first + i];
+            }
         }
     }
 
@@ -262,11 +167,11 @@ struct Sampler {
     Draw draw_from_all(double uniform) {
         const double threshold = uniform * total;
         double before = 0.0;
-        const int64_t b = find_block(scratch.masses.get(), blocks_of(row.num_columns), threshold, &before);
+        const int64_t b = find_block(scratch.masses, blocks_of(row.num_columns), threshold, &before);
         int64_t length;
         float buffer[kBlock], weights[kBlock];
         const float* z = row.block(b, &length, buffer);
-        exponentials(z, length, maximum, scale, weights);
+        loops.exponentials(z, length, maximum, scale, weights);
         const int64_t i = find_column(weights, length, threshold - before);
         return {b * kBlock + i, (double{z[i]} - maximum) / settings.temperature - std::log(total), 0.0};
     }
@@ -277,15 +182,15 @@ struct Sampler {
         const float bound = std::max(top_k ? bound_of_top_k() : bound_of_top_p(), possible);
         const float below = std::nextafter(bound, -kInfinity);
         const int64_t n = gather_above(below);
-        float *z = scratch.z.get(), *weights = scratch.weights.get();
+        float *z = scratch.z, *weights = scratch.weights;
         if (top_k && settings.top_k < n) {
             std::fill(weights, weights + n, 1.0f);
-            narrow(scratch, n, static_cast<double>(settings.top_k), below, maximum);
+            narrow(loops, scratch, n, static_cast<double>(settings.top_k), below, maximum);
         }
-        exponentials(z, n, maximum, scale, weights);
+        loops.exponentials(z, n, maximum, scale, weights);
         if (settings.top_p < 1.0) {
-            const double mass = top_k ? mass_above(z, weights, n, below).sum : total;
-            narrow(scratch, n, settings.top_p * mass, below, maximum);
+            const double mass = top_k ? loops.mass_above(z, weights, n, below).sum : total;
+            narrow(loops, scratch, n, settings.top_p * mass, below, maximum);
         }
         return n;
     }
@@ -294,8 +199,8 @@ struct Sampler {
     float bound_of_top_k() {
         const int64_t n = blocks_of(row.num_columns), k = settings.top_k;
         if (k > n) return -kInfinity;
-        std::copy(scratch.maxima.get(), scratch.maxima.get() + n, scratch.sums.get());
-        std::nth_element(scratch.sums.get(), scratch.sums.get() + k - 1, scratch.sums.get() + n, std::greater<float>());
+        std::copy(scratch.maxima, scratch.maxima + n, scratch.sums);
+        std::nth_element(scratch.sums, scratch.sums + k - 1, scratch.sums + n, std::greater<float>());
         return scratch.sums[k - 1];
     }
 
@@ -315,7 +220,7 @@ struct Sampler {
             if (!(scratch.maxima[b] > below)) continue;
             int64_t length;
             const float* z = row.block(b, &length, buffer);
-            const int64_t found = indices_between(z, length, below, kInfinity, indices);
+            const int64_t found = loops.indices_between(z, length, below, kInfinity, indices);
             for (int64_t i = 0; i < found; ++i) {
                 scratch.z[n + i] = z[indices[i]];
                 scratch.columns[n + i] = static_cast<int32_t>(b * kBlock) + indices[i];
@@ -330,11 +235,11 @@ struct Sampler {
         double kept = 0.0, before = 0.0;
         for (int64_t b = 0; b < blocks_of(n); ++b) {
             const int64_t first = b * kBlock, length = std::min(kBlock, n - first);
-            scratch.masses[b] = mass_above(&scratch.z[first], &scratch.weights[first], length, -kInfinity).sum;
+            scratch.masses[b] = loops.mass_above(&scratch.z[first], &scratch.weights[first], length, -kInfinity).sum;
             kept += scratch.masses[b];
         }
         const double threshold = uniform * kept;
-        const int64_t first = kBlock * find_block(scratch.masses.get(), blocks_of(n), threshold, &before);
+        const int64_t first = kBlock * find_block(scratch.masses, blocks_of(n), threshold, &before);
         const int64_t length = std::min(kBlock, n - first);
         const int64_t i = first + find_column(&scratch.weights[first], length, threshold - before);
         const double logprob = (double{scratch.z[i]} - maximum) / settings.temperature - std::log(kept);
@@ -342,41 +247,8 @@ struct Sampler {
     }
 };
 
-struct Batch {
-    int64_t num_rows, num_columns, stride;
-    const void* uniform;
-    bool uniform_is_double;
-    Settings settings;
-    int64_t* tokens;
-    float *logprobs, *log_mass;
-
-    double uniform_of(int64_t r) const {
-        return uniform_is_double ? static_cast<const double*>(uniform)[r] : static_cast<const float*>(uniform)[r];
-    }
-};
-
-template <typename T>
-void sample_rows(const Batch& x, const T* logits, int num_threads) {
-    const bool truncated = (0 < x.settings.top_k && x.settings.top_k < x.num_columns) || x.settings.top_p < 1.0;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(num_threads)
-#else
-    (void)num_threads;
-#endif
-    {
-        Scratch scratch(x.num_columns);
-        if (truncated) scratch.reserve_columns(x.num_columns);
-#ifdef _OPENMP
-#pragma omp for schedule(static)
-#endif
-        for (int64_t r = 0; r < x.num_rows; ++r) {
-            const Row<T> row{logits + r * x.stride, x.num_columns};
-            const Draw draw = Sampler<T>{row, x.settings, scratch}.draw(x.uniform_of(r));
-            x.tokens[r] = draw.token;
-            x.logprobs[r] = static_cast<float>(draw.logprob);
-            x.log_mass[r] = static_cast<float>(draw.log_mass);
-        }
-    }
+bool truncates(int64_t num_columns, int64_t top_k, double top_p) {
+    return (0 < top_k && top_k < num_columns) || top_p < 1.0;
 }
 
 }  // namespace
@@ -384,34 +256,47 @@ void sample_rows(const Batch& x, const T* logits, int num_threads) {
 
 extern "C" {
 
+// Elements of the scratch of one thread.
+int64_t fastppo_sample_scratch(int64_t num_columns, int64_t top_k, double top_p) {
+    return fastppo::Scratch::doubles(num_columns, fastppo::truncates(num_columns, top_k, top_p));
+}
+
 // One token per row of softmax(logits / temperature), truncated to the top_k most probable columns (0: all; ties: those
 // of lowest column) and then to the fewest whose mass reaches top_p (>= 1: all): the first column, in the order of the
 // vocabulary, at which the CDF exceeds uniform times its total. A column 2^-126.5 times as probable as the most
-// probable one, or less, has probability 0 and is never drawn. A row that is no distribution (a NaN or +inf, or nothing but -inf) gives
-// token 0 and NaN. The draws of a row depend on nothing but the row.
+// probable one, or less, has probability 0 and is never drawn. A row that is no distribution (a NaN or +inf, or nothing
+// but -inf) gives token 0 and NaN. The draws of a row depend on nothing but the row.
 void fastppo_sample(
     int64_t num_rows,
     int64_t num_columns,   // V >= 1
-    int is_bfloat16,       // logits are bfloat16, else float32
+    int dtype,             // of logits
     const void* logits,    // (R, V), rows stride elements apart
     int64_t stride,
-    int uniform_is_double, // else float32
-    const void* uniform,   // (R,) in [0, 1)
+    const double* uniform, // (R,) in [0, 1)
     double temperature,    // > 0
     int64_t top_k,
     double top_p,
     int64_t* tokens,       // (R,)
     float* logprobs,       // (R,) under the distribution drawn from
     float* log_mass,       // (R,) log of the mass that truncation keeps
+    double* scratch,       // (num_threads, fastppo_sample_scratch(...))
+    int isa,
     int num_threads
 ) {
     using namespace fastppo;
-    const Batch batch{num_rows,  num_columns, stride,  uniform, uniform_is_double != 0, {temperature, top_k, top_p},
-                      tokens,    logprobs,    log_mass};
-    if (is_bfloat16)
-        sample_rows(batch, static_cast<const bfloat16*>(logits), num_threads);
-    else
-        sample_rows(batch, static_cast<const float*>(logits), num_threads);
+    const Settings settings{temperature, top_k, top_p};
+    const int64_t step = stride * (dtype == kFloat32 ? 4 : 2), own = fastppo_sample_scratch(num_columns, top_k, top_p);
+    parallel_for(num_rows, num_columns, num_threads, [&](int worker, int64_t begin, int64_t end) {
+        const Scratch memory(scratch + worker * own, num_columns);
+        for (int64_t r = begin; r < end; ++r) {
+            const char* z = static_cast<const char*>(logits) + r * step;
+            const Row row{*instruction_set(isa).loops, static_cast<Dtype>(dtype), z, num_columns};
+            const Draw draw = Sampler{row, settings, memory}.draw(uniform[r]);
+            tokens[r] = draw.token;
+            logprobs[r] = static_cast<float>(draw.logprob);
+            log_mass[r] = static_cast<float>(draw.log_mass);
+        }
+    });
 }
 
 }  // extern "C"

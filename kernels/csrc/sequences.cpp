@@ -2,20 +2,17 @@
 // Letters: B sequences, N packed tokens.
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
 #include <cstring>
 
-#include "portable.h"
+#include "loops.h"
+#include "ppo_token.h"
+#include "threads.h"
 
 namespace fastppo {
 namespace {
 
-constexpr int64_t kGaeBlock = 64;
-constexpr int64_t kStride = 8;
-constexpr int64_t kMomentsBlock = 1024;
-constexpr int64_t kMomentsLanes = 32;
-constexpr double kExponentLimit = 20.0;  // reference.EXPONENT_LIMIT
+constexpr int64_t kGaeElements = 4;     // elements of a row that take as long as a token
+constexpr int64_t kRewardElements = 32;
 
 bool rises(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_tokens) {
     int64_t previous = 0;
@@ -31,33 +28,8 @@ void clear_outside(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num
     std::fill(out + cu_seqlens[num_sequences], out + num_tokens, 0.0f);
 }
 
-struct Step {  // what the recurrence carries back in time from the next action
-    double value, advantage;
-};
-
-// n <= kGaeBlock actions in a row, all at once: A_t = delta_t + c A_{t+1} unrolled to A_t = x_t + c^8 A_{t+8} with
-// x_t = delta_t + c delta_{t+1} + ... + c^7 delta_{t+7}, so that nothing waits for the element before it.
-FASTPPO_CLONES void gae_block(
-    const float* rewards, const float* values, int64_t n, double gamma, double c, Step* next, float* advantages,
-    float* returns
-) {
-    double x[kGaeBlock + kStride] = {}, y[kGaeBlock + kStride] = {};  // 0 past the end
-    for (int64_t i = 0; i + 1 < n; ++i) x[i] = rewards[i] + gamma * values[i + 1] - values[i];
-    x[n - 1] = rewards[n - 1] + gamma * next->value - values[n - 1] + c * next->advantage;
-    for (int64_t i = 0; i < kGaeBlock; ++i) {
-        double sum = x[i + kStride - 1];
-        for (int64_t k = kStride - 2; k >= 0; --k) sum = x[i + k] + c * sum;
-        y[i] = sum;
-    }
-    const double c2 = c * c, c4 = c2 * c2, power = c4 * c4;
-    for (int64_t i = kGaeBlock - kStride; i >= 0; i -= kStride)
-        for (int64_t j = 0; j < kStride; ++j) y[i + j] += power * y[i + kStride + j];
-    for (int64_t i = 0; i < n; ++i) advantages[i] = static_cast<float>(y[i]);
-    for (int64_t i = 0; i < n; ++i) returns[i] = static_cast<float>(y[i] + values[i]);
-    *next = {values[0], y[0]};
-}
-
 struct Gae {
+    const Loops& loops;
     const float *rewards, *values;
     const uint8_t* mask;
     double gamma, decay;
@@ -71,7 +43,7 @@ struct Gae {
             reward[actions] = rewards[t], value[actions] = values[t];
             actions += mask[t] != 0;
         }
-        if (actions) gae_block(reward, value, actions, gamma, decay, next, advantage, ret);
+        if (actions) loops.gae(reward, value, actions, gamma, decay, next, advantage, ret);
         advantage[kGaeBlock] = ret[kGaeBlock] = 0.0f;  // where tokens that are no actions read: no branch to mispredict
         for (int64_t t = first, i = 0; t < first + n; ++t) {
             const int64_t source = mask[t] ? i : kGaeBlock;
@@ -87,49 +59,44 @@ struct Gae {
             const int64_t first = end - n;
             const bool whole = !mask || !std::memchr(mask + first, 0, n);
             if (whole)
-                gae_block(rewards + first, values + first, n, gamma, decay, &next, advantages + first, returns + first);
+                loops.gae(rewards + first, values + first, n, gamma, decay, &next, advantages + first, returns + first);
             else
                 holed_block(first, n, &next);
         }
     }
 };
 
-// exp(x) - 1 - x with the exponent bounded as in reference.k3, of the same value at +-inf (NaN).
-double k3(double x) {
-    const double excess = x - std::min(std::max(x, -kExponentLimit), kExponentLimit);
-    return std::expm1(x - excess) - x;
-}
-
 double kl_estimate(double difference, int estimator) {
     if (estimator == 1) return difference;
     return estimator == 2 ? 0.5 * difference * difference : k3(-difference);
 }
 
-struct Moments {
-    double count, mean, square;  // square: sum of the squared deviations from the mean
+struct Rewards {
+    const float *scores, *logprobs, *ref_logprobs;  // ref_logprobs null: no penalty
+    const uint8_t* mask;
+    bool per_token;
+    double kl_coef;
+    int estimator;
+    float* rewards;
+
+    void sequence(int64_t b, int64_t start, int64_t end) const {
+        double score = per_token ? 0.0 : scores[b];  // what the next action back in time is credited with
+        for (int64_t t = end - 1; t >= start; --t) {
+            if (mask && !mask[t]) {
+                rewards[t] = 0.0f;
+                continue;
+            }
+            double reward = per_token ? scores[t] : score;
+            if (ref_logprobs) reward -= kl_coef * kl_estimate(double{logprobs[t]} - ref_logprobs[t], estimator);
+            rewards[t] = static_cast<float>(reward);
+            score = 0.0;
+        }
+    }
 };
 
-// Two passes over n <= kMomentsBlock values: equal numbers have a square of exactly 0.
-FASTPPO_CLONES Moments moments_of_block(const float* values, const uint8_t* mask, int64_t n) {
-    double deviations[kMomentsBlock] = {}, lanes[kMomentsLanes] = {};  // values first; 0 where there is none
-    int64_t count = n;
-    for (int64_t i = 0; i < n; ++i) deviations[i] = values[i];
-    if (mask) {
-        count = 0;
-        for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
-        for (int64_t i = 0; i < n; ++i) deviations[i] = mask[i] ? deviations[i] : 0.0;
-    }
-    if (!count) return {0.0, 0.0, 0.0};
-    for (int64_t i = 0; i < kMomentsBlock; i += kMomentsLanes)
-        for (int64_t j = 0; j < kMomentsLanes; ++j) lanes[j] += deviations[i + j];
-    const double mean = fold<kMomentsLanes>(lanes, Add()) / static_cast<double>(count);
-    for (int64_t i = 0; i < n; ++i) deviations[i] -= mean;
-    if (mask)
-        for (int64_t i = 0; i < n; ++i) deviations[i] = mask[i] ? deviations[i] : 0.0;
-    std::fill(lanes, lanes + kMomentsLanes, 0.0);
-    for (int64_t i = 0; i < kMomentsBlock; i += kMomentsLanes)
-        for (int64_t j = 0; j < kMomentsLanes; ++j) lanes[j] += deviations[i + j] * deviations[i + j];
-    return {static_cast<double>(count), mean, fold<kMomentsLanes>(lanes, Add())};
+// What a piece of a loop over sequences should think one of them costs: as much as the average one.
+int64_t elements_of(int64_t num_tokens, int64_t num_sequences, int64_t per_token) {
+    return num_sequences > 0 ? per_token * num_tokens / num_sequences : 1;
 }
 
 // Chan, Golub and LeVeque (1983): moments of the union of two disjoint sets.
@@ -161,15 +128,20 @@ int fastppo_gae(
     double gamma,
     double lam,
     float* advantages,          // (N,)
-    float* returns              // (N,)
+    float* returns,             // (N,)
+    int isa,
+    int num_threads
 ) {
     using namespace fastppo;
     if (!rises(cu_seqlens, num_sequences, num_tokens)) return 1;
     clear_outside(cu_seqlens, num_sequences, num_tokens, advantages);
     clear_outside(cu_seqlens, num_sequences, num_tokens, returns);
-    const Gae x{rewards, values, mask, gamma, gamma * lam, advantages, returns};
-    for (int64_t b = 0; b < num_sequences; ++b)
-        x.sequence(cu_seqlens[b], cu_seqlens[b + 1], bootstrap ? bootstrap[b] : 0.0);
+    const Gae x{*instruction_set(isa).loops, rewards, values, mask, gamma, gamma * lam, advantages, returns};
+    const int64_t elements = elements_of(num_tokens, num_sequences, kGaeElements);
+    parallel_for(num_sequences, elements, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b)
+            x.sequence(cu_seqlens[b], cu_seqlens[b + 1], bootstrap ? bootstrap[b] : 0.0);
+    });
     return 0;
 }
 
@@ -185,25 +157,18 @@ int fastppo_token_rewards(
     const uint8_t* mask,         // (N,) or null: every token is an action
     double kl_coef,
     int estimator,               // 1, 2 or 3 for k1, k2 or k3
-    float* rewards               // (N,)
+    float* rewards,              // (N,)
+    int num_threads
 ) {
     using namespace fastppo;
     if (!rises(cu_seqlens, num_sequences, num_tokens)) return 1;
     clear_outside(cu_seqlens, num_sequences, num_tokens, rewards);
-    const bool penalised = ref_logprobs && kl_coef != 0.0;
-    for (int64_t b = 0; b < num_sequences; ++b) {
-        double score = scores_per_token ? 0.0 : scores[b];  // what the next action back in time is credited with
-        for (int64_t t = int64_t{cu_seqlens[b + 1]} - 1; t >= cu_seqlens[b]; --t) {
-            if (mask && !mask[t]) {
-                rewards[t] = 0.0f;
-                continue;
-            }
-            double reward = scores_per_token ? scores[t] : score;
-            if (penalised) reward -= kl_coef * kl_estimate(double{logprobs[t]} - ref_logprobs[t], estimator);
-            rewards[t] = static_cast<float>(reward);
-            score = 0.0;
-        }
-    }
+    const Rewards x{scores, logprobs, kl_coef != 0.0 ? ref_logprobs : nullptr, mask, scores_per_token != 0,
+                    kl_coef, estimator, rewards};
+    const int64_t elements = elements_of(num_tokens, num_sequences, kRewardElements);
+    parallel_for(num_sequences, elements, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) x.sequence(b, cu_seqlens[b], cu_seqlens[b + 1]);
+    });
     return 0;
 }
 
@@ -212,14 +177,23 @@ void fastppo_moments(
     int64_t num_values,
     const float* values,  // (N,)
     const uint8_t* mask,  // (N,) or null: all
-    double* out           // (3,)
+    double* blocks,       // (ceil(N / 1024), 3) scratch
+    double* out,          // (3,)
+    int isa,
+    int num_threads
 ) {
     using namespace fastppo;
+    const Loops& loops = *instruction_set(isa).loops;
+    Moments* made = reinterpret_cast<Moments*>(blocks);
+    const int64_t num_blocks = (num_values + kMomentsBlock - 1) / kMomentsBlock;
+    parallel_for(num_blocks, kMomentsBlock, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t i = b * kMomentsBlock, n = std::min(kMomentsBlock, num_values - i);
+            made[b] = loops.moments(values + i, mask ? mask + i : nullptr, n);
+        }
+    });
     Moments all{0.0, 0.0, 0.0};
-    for (int64_t i = 0; i < num_values; i += kMomentsBlock) {
-        const int64_t n = std::min(kMomentsBlock, num_values - i);
-        all = merged(all, moments_of_block(values + i, mask ? mask + i : nullptr, n));
-    }
+    for (int64_t b = 0; b < num_blocks; ++b) all = merged(all, made[b]);
     out[0] = all.count, out[1] = all.mean, out[2] = all.square;
 }
 

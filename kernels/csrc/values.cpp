@@ -1,14 +1,16 @@
 // The critic's loss, per row, from values or from hidden states and a value head. Letters: R rows, H hidden.
 
 #include <algorithm>
-#include <cstdint>
+#include <cstring>
 
-#include "portable.h"
+#include "loops.h"
+#include "threads.h"
 
 namespace fastppo {
 namespace {
 
-constexpr int64_t kColumns = 8;     // table.VALUE_COLUMNS
+constexpr int64_t kColumns = 8;      // table.VALUE_COLUMNS
+constexpr int64_t kRowElements = 32;  // elements of hidden that take as long as a line of the table
 constexpr int64_t kChunkRows = 128;  // rows whose weight gradients a thread adds up; chunks add up in their order
 
 struct ValueRow {
@@ -35,86 +37,40 @@ float value_row(double value, const ValueRow& row, float* line) {
     return line[5];
 }
 
-template <typename T>
-FASTPPO_INLINE float dot(const T* x, const float* w, int64_t n) {
-    float lanes[kLanes] = {};
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes)
-        for (int64_t i = 0; i < kLanes; ++i) lanes[i] += to_float(x[j + i]) * w[j + i];
-    for (int64_t i = 0; j + i < n; ++i) lanes[i] += to_float(x[j + i]) * w[j + i];
-    return fold(lanes, Add());
-}
-
-FASTPPO_CLONES float dot_of(const float* x, const float* w, int64_t n) { return dot(x, w, n); }
-FASTPPO_CLONES float dot_of(const bfloat16* x, const float* w, int64_t n) { return dot(x, w, n); }
-
-// dweight += slope * hidden and dhidden = slope * weight. hidden and dhidden may be the same memory.
-template <typename T>
-FASTPPO_INLINE void spread(float slope, const T* hidden, const float* weight, int64_t n, T* dhidden, double* dweight) {
-    for (int64_t j = 0; j < n; ++j) dweight[j] += double{slope} * to_float(hidden[j]);
-    for (int64_t j = 0; j < n; ++j) assign(dhidden[j], slope * weight[j]);
-}
-
-FASTPPO_CLONES void spread_of(float s, const float* h, const float* w, int64_t n, float* dh, double* dw) {
-    spread(s, h, w, n, dh, dw);
-}
-FASTPPO_CLONES void spread_of(float s, const bfloat16* h, const float* w, int64_t n, bfloat16* dh, double* dw) {
-    spread(s, h, w, n, dh, dw);
-}
-
 struct Linear {
+    const Loops& loops;
+    Dtype dtype;  // of hidden and dhidden
     int64_t num_rows, width;
+    const char* hidden;
+    char* dhidden;  // null: no gradient
+    int64_t hidden_stride, dhidden_stride;
     const float *weight, *old_values, *returns, *weights;
     double bias, clip;
-    int64_t hidden_stride, dhidden_stride;
     double* partials;
     float* table;
-};
 
-// Rows first .. last - 1, whose weight gradients go to one line of partials.
-template <typename T>
-void chunk_of_rows(const Linear& x, const T* hidden, T* dhidden, int64_t first, int64_t last) {
-    double* partial = dhidden ? x.partials + first / kChunkRows * x.width : nullptr;
-    if (partial) std::fill(partial, partial + x.width, 0.0);
-    for (int64_t r = first; r < last; ++r) {
-        float* line = x.table + r * kColumns;
-        T* out = dhidden ? dhidden + r * x.dhidden_stride : nullptr;
-        if (x.weights[r] == 0.0f) {
+    // Rows of chunk c, whose weight gradients go to line c of partials.
+    void chunk(int64_t c) const {
+        double* partial = dhidden ? partials + c * width : nullptr;
+        if (partial) std::fill(partial, partial + width, 0.0);
+        for (int64_t r = c * kChunkRows; r < std::min((c + 1) * kChunkRows, num_rows); ++r) row(r, partial);
+    }
+
+    void row(int64_t r, double* partial) const {
+        const int64_t size = dtype == kFloat32 ? 4 : 2;
+        float* line = table + r * kColumns;
+        char* out = dhidden ? dhidden + r * dhidden_stride * size : nullptr;
+        if (weights[r] == 0.0f) {
             std::fill(line, line + kColumns, 0.0f);
-            if (out) std::fill(out, out + x.width, T{0});
-            continue;
+            if (out) std::memset(out, 0, width * size);
+            return;
         }
-        const T* row = hidden + r * x.hidden_stride;
-        const double value = x.bias + dot_of(row, x.weight, x.width);
-        const float slope = value_row(value, {x.old_values[r], x.returns[r], x.weights[r], x.clip}, line);
-        if (out) spread_of(slope, row, x.weight, x.width, out, partial);
+        const char* given = hidden + r * hidden_stride * size;
+        const double value = bias + loops.dot[dtype](given, weight, width);
+        const float slope = value_row(value, {old_values[r], returns[r], weights[r], clip}, line);
+        if (out) loops.spread[dtype](slope, given, weight, width, out, partial);
     }
-}
-
-template <typename T>
-void linear_value_rows(const Linear& x, const void* hidden, void* dhidden, int num_threads) {
-    const int64_t num_chunks = (x.num_rows + kChunkRows - 1) / kChunkRows;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-#else
-    (void)num_threads;
-#endif
-    for (int64_t c = 0; c < num_chunks; ++c) {
-        const int64_t first = c * kChunkRows, last = std::min(first + kChunkRows, x.num_rows);
-        chunk_of_rows(x, static_cast<const T*>(hidden), static_cast<T*>(dhidden), first, last);
-    }
-}
-
-// Column sums of the partials, in the order of the chunks.
-FASTPPO_CLONES void sum_of_partials(const double* partials, int64_t num_chunks, int64_t width, float* dweight) {
-    for (int64_t j = 0; j < width; j += kLanes) {
-        const int64_t n = std::min(kLanes, width - j);
-        double sums[kLanes] = {};
-        for (int64_t c = 0; c < num_chunks; ++c)
-            for (int64_t i = 0; i < n; ++i) sums[i] += partials[c * width + j + i];
-        for (int64_t i = 0; i < n; ++i) dweight[j + i] = static_cast<float>(sums[i]);
-    }
-}
+};
 
 }  // namespace
 }  // namespace fastppo
@@ -129,16 +85,19 @@ void fastppo_value_rows(
     const float* returns,     // (R,)
     const float* weights,     // (R,)
     double clip,              // < 0: none
-    float* table              // (R, 8)
+    float* table,             // (R, 8)
+    int num_threads
 ) {
     using namespace fastppo;
-    for (int64_t r = 0; r < num_rows; ++r) {
-        float* line = table + r * kColumns;
-        if (weights[r] == 0.0f)
-            std::fill(line, line + kColumns, 0.0f);
-        else
-            value_row(values[r], {old_values[r], returns[r], weights[r], clip}, line);
-    }
+    parallel_for(num_rows, kRowElements, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            float* line = table + r * kColumns;
+            if (weights[r] == 0.0f)
+                std::fill(line, line + kColumns, 0.0f);
+            else
+                value_row(values[r], {old_values[r], returns[r], weights[r], clip}, line);
+        }
+    });
 }
 
 // The table of the values hidden @ weight + bias and, unless dhidden is null, the gradients of the sum of its losses.
@@ -146,7 +105,7 @@ void fastppo_value_rows(
 void fastppo_linear_value_rows(
     int64_t num_rows,
     int64_t width,            // H
-    int is_bfloat16,          // hidden and dhidden are bfloat16, else float32
+    int dtype,                // of hidden and dhidden
     const void* hidden,       // (R, H), rows hidden_stride elements apart
     int64_t hidden_stride,
     const float* weight,      // (H,)
@@ -160,16 +119,24 @@ void fastppo_linear_value_rows(
     double* partials,         // (ceil(R / 128), H) scratch, used with dhidden
     float* dweight,           // (H,), null if dhidden is (a dhidden without rows is null too)
     float* table,             // (R, 8)
+    int isa,
     int num_threads
 ) {
     using namespace fastppo;
-    const Linear x{num_rows, width, weight,        old_values,     returns,  weights,
-                   bias,     clip,  hidden_stride, dhidden_stride, partials, table};
-    if (is_bfloat16)
-        linear_value_rows<bfloat16>(x, hidden, dhidden, num_threads);
-    else
-        linear_value_rows<float>(x, hidden, dhidden, num_threads);
-    if (dweight) sum_of_partials(partials, (num_rows + kChunkRows - 1) / kChunkRows, width, dweight);
+    const Loops& loops = *instruction_set(isa).loops;
+    const Linear x{loops, static_cast<Dtype>(dtype), num_rows, width, static_cast<const char*>(hidden),
+                   static_cast<char*>(dhidden), hidden_stride, dhidden_stride, weight, old_values, returns, weights,
+                   bias, clip, partials, table};
+    const int64_t num_chunks = (num_rows + kChunkRows - 1) / kChunkRows;
+    parallel_for(num_chunks, kChunkRows * width, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) x.chunk(c);
+    });
+    if (!dweight) return;
+    const int64_t num_groups = (width + kGroup - 1) / kGroup;
+    parallel_for(num_groups, num_chunks * kGroup, num_threads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t j = begin * kGroup; j < std::min(end * kGroup, width); j += kGroup)
+            loops.column_sums(partials + j, num_chunks, width, std::min(kGroup, width - j), dweight + j);
+    });
 }
 
 }  // extern "C"

@@ -1,7 +1,8 @@
 """The C++ backend: the functions of `fastppo_kernels.eager`, for float32 and bfloat16 tensors on the CPU."""
 
+from fastppo_kernels.native.isa import available_isas
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
-from fastppo_kernels.native.rows import available_isas, logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
+from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
 from fastppo_kernels.native.sampling import sample
 from fastppo_kernels.native.sequences import gae, moments, token_rewards
 from fastppo_kernels.native.values import linear_value_rows, value_rows

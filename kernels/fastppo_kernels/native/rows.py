@@ -1,27 +1,24 @@
 """Row ops in C++: log-probability, entropy, the PPO table and the gradient of the logits. CPU tensors only.
 
-Two sweeps over a row, written once in `csrc/row_kernels.cpp` and compiled for every instruction set; the fastest one
-that the CPU has runs, or the one that FASTPPO_ISA names. A row's numbers depend on that row alone, so neither the
-number of threads nor the rows beside it change a bit of them.
+Two sweeps over a row, written once in `csrc/row_kernels.cpp` and compiled for every instruction set (see `isa`). The
+numbers of a row depend on that row alone, so neither the number of threads nor the rows beside it change a bit of them.
 
 Letters: R rows, V vocabulary.
 """
 
 import ctypes
 import math
-import os
 from ctypes import byref
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fastppo_kernels.native.isa import chosen_isa
 from fastppo_kernels.native.library import load
 from fastppo_kernels.reference import PPORows
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS
 
-ISA_VARIABLE = "FASTPPO_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -52,29 +49,6 @@ class _PPOSettings(ctypes.Structure):
     )
 
 
-@cache
-def available_isas() -> dict[str, int]:
-    """Instruction sets this CPU has, fastest first, with the library's number of each."""
-    library = load()
-    supported = (i for i in range(library.fastppo_num_isas()) if library.fastppo_isa_supported(i))
-    return {library.fastppo_isa_name(i).decode(): i for i in supported}
-
-
-def chosen_isa() -> int:
-    """The library's number of the instruction set that runs: the one FASTPPO_ISA names, else the fastest.
-
-    Raises:
-        ValueError: this CPU or this build has no such instruction set.
-    """
-    available, wanted = available_isas(), os.environ.get(ISA_VARIABLE)
-    if wanted and wanted not in available:
-        raise ValueError(
-            f"{ISA_VARIABLE} = {wanted!r} is no instruction set of this CPU and build; available: "
-            f"{', '.join(available)}. Leave it unset to run the fastest."
-        )
-    return available[wanted or next(iter(available))]
-
-
 def ppo_rows(
     logits: Tensor,
     targets: Tensor,
@@ -99,9 +73,11 @@ def ppo_rows(
         (R, 16) float32, columns as in `fastppo_kernels.table`. A row of weight 0 is 0 there and in `dlogits`.
 
     Raises:
-        ValueError: a dtype or a layout is not one of these, or a target lies outside [0, V); nothing was written.
+        ValueError: a dtype or a layout is not one of these, a target lies outside [0, V), or entropy_coef is not 0
+            without `entropy`; nothing was written.
     """
-    assert entropy or settings.entropy_coef == 0.0
+    if settings.entropy_coef != 0.0 and not entropy:
+        raise ValueError(f"entropy_coef = {settings.entropy_coef} needs the entropy of every row; pass entropy=True")
     targets, rows = targets.contiguous(), _float32(rows)
     batch = _batch(logits, targets, head, entropy=entropy, dlogits=dlogits)
     table = torch.empty(logits.shape[0], len(PPO_COLUMNS), dtype=torch.float32)
@@ -179,7 +155,11 @@ def _settings(s: PPOSettings) -> _PPOSettings:
 
 def _batch(logits: Tensor, targets: Tensor, head: HeadSettings, *, entropy: bool, dlogits: Tensor | None) -> _Batch:
     """The struct; the caller keeps the tensors alive that it points into."""
-    assert logits.ndim == 2 and logits.shape[1] > 0 and targets.dtype == torch.int64
+    if logits.ndim != 2 or logits.shape[1] == 0 or targets.dtype != torch.int64 or targets.shape != logits.shape[:1]:
+        raise ValueError(
+            "logits must be (R, V) with V >= 1 and targets (R,) int64, "
+            f"got {tuple(logits.shape)} and {tuple(targets.shape)} {targets.dtype}"
+        )
     for name, x in (("logits", logits), ("dlogits", dlogits)):
         if x is not None and (x.dtype not in DTYPES or x.shape != logits.shape or not _is_row_major(x)):
             raise ValueError(

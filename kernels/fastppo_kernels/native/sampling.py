@@ -6,11 +6,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastppo_kernels.native.isa import chosen_isa
 from fastppo_kernels.native.library import load
 
 _POINTER, _INT, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ELEMENTS_PER_THREAD = 1 << 20  # about 0.2 ms of work: waking and joining threads must not matter
 
 
 def sample(
@@ -24,7 +24,7 @@ def sample(
 
     Args:
         logits: (R, V) float32 or bfloat16, last stride 1 or copied.
-        uniform: (R,) float32 or float64, in [0, 1).
+        uniform: (R,) of any float dtype, in [0, 1); none is rounded.
         temperature: > 0.
         top_k: >= 0.
         top_p: in (0, 1].
@@ -36,41 +36,47 @@ def sample(
             without truncation. A row that is no distribution (a NaN, +inf, nothing but -inf) has token 0 and NaNs.
 
     Raises:
-        ValueError: the dtypes are others.
+        ValueError: the logits are of another dtype, or the uniforms of no float dtype.
     """
-    if logits.dtype not in _DTYPES or uniform.dtype not in (torch.float32, torch.float64):
+    if logits.dtype not in _DTYPES or not uniform.is_floating_point():
         raise ValueError(
-            "logits must be float32 or bfloat16 and uniform float32 or float64, "
+            "logits must be float32 or bfloat16 and uniform a float tensor, "
             f"got {logits.dtype} and {uniform.dtype}; convert them with .float()"
         )
     num_rows, num_columns = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    uniform = uniform.contiguous()
+    uniform = uniform.to(torch.float64).contiguous()
     tokens = torch.empty(num_rows, dtype=torch.int64)
     logprobs, log_mass = torch.empty(num_rows, dtype=torch.float32), torch.empty(num_rows, dtype=torch.float32)
-    _function()(
+    library, num_threads = _library(), torch.get_num_threads()
+    per_thread = library.fastppo_sample_scratch(num_columns, top_k, top_p)
+    scratch = torch.empty(num_threads, per_thread, dtype=torch.float64)
+    library.fastppo_sample(
         num_rows,
         num_columns,
         _DTYPES[logits.dtype],
         logits.data_ptr(),
         logits.stride(0),
-        uniform.dtype == torch.float64,
         uniform.data_ptr(),
         temperature,
         top_k,
         top_p,
-        tokens.data_ptr(),
-        logprobs.data_ptr(),
-        log_mass.data_ptr(),
-        max(1, min(torch.get_num_threads(), num_rows * num_columns // _ELEMENTS_PER_THREAD)),
+        *[x.data_ptr() for x in (tokens, logprobs, log_mass, scratch)],
+        chosen_isa(),
+        num_threads,
     )
     return tokens, logprobs, log_mass
 
 
 @cache
-def _function() -> "ctypes._FuncPointer":
-    function = load().fastppo_sample
-    shape, out = [_INT64, _INT64, _INT, _POINTER, _INT64, _INT, _POINTER], [_POINTER] * 3
-    function.argtypes = [*shape, _DOUBLE, _INT64, _DOUBLE, *out, _INT]
-    function.restype = None
-    return function
+def _library() -> ctypes.CDLL:
+    library = load()
+    truncation, out = [_DOUBLE, _INT64, _DOUBLE], [_POINTER] * 4
+    library.fastppo_sample.argtypes = [
+        *[_INT64, _INT64, _INT, _POINTER, _INT64, _POINTER],
+        *[*truncation, *out, _INT, _INT],
+    ]
+    library.fastppo_sample.restype = None
+    library.fastppo_sample_scratch.argtypes = [_INT64, _INT64, _DOUBLE]
+    library.fastppo_sample_scratch.restype = _INT64
+    return library

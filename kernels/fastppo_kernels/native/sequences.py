@@ -6,9 +6,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastppo_kernels.native.isa import chosen_isa
 from fastppo_kernels.native.library import load
 
 _POINTER, _INT, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+_MOMENTS_BLOCK = 1024  # kMomentsBlock of loops.h
 _ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
@@ -31,7 +33,8 @@ def gae(
     inputs = [_contiguous(x) for x in (rewards, values, cu_seqlens.cpu(), mask, bootstrap_values)]
     advantages, returns = (torch.empty(num_tokens, dtype=torch.float32) for _ in range(2))
     pointers, outputs = [_pointer(x) for x in inputs], (advantages.data_ptr(), returns.data_ptr())
-    if _library().fastppo_gae(num_sequences, num_tokens, *pointers, gamma, lam, *outputs):
+    how = (chosen_isa(), torch.get_num_threads())
+    if _library().fastppo_gae(num_sequences, num_tokens, *pointers, gamma, lam, *outputs, *how):
         raise _no_layout(cu_seqlens, num_tokens)
     return advantages, returns
 
@@ -57,8 +60,8 @@ def token_rewards(
     rewards = torch.empty(num_tokens, dtype=torch.float32)
     given = (scores.data_ptr(), scores.shape[0] == num_tokens, logprobs.data_ptr(), *[_pointer(x) for x in others])
     estimator = _ESTIMATORS[kl_estimator.removesuffix("+")]  # "+" changes the gradient alone
-    status = _library().fastppo_token_rewards(num_sequences, num_tokens, *given, kl_coef, estimator, rewards.data_ptr())
-    if status:
+    how = (kl_coef, estimator, rewards.data_ptr(), torch.get_num_threads())
+    if _library().fastppo_token_rewards(num_sequences, num_tokens, *given, *how):
         raise _no_layout(cu_seqlens, num_tokens)
     return rewards
 
@@ -71,7 +74,9 @@ def moments(values: Tensor, mask: Tensor | None) -> Tensor:
     """
     values, mask = values.contiguous(), _contiguous(mask)
     out = torch.empty(3, dtype=torch.float64)
-    _library().fastppo_moments(values.numel(), values.data_ptr(), _pointer(mask), out.data_ptr())
+    blocks = torch.empty(-(-values.numel() // _MOMENTS_BLOCK), 3, dtype=torch.float64)
+    pointers = [_pointer(x) for x in (values, mask, blocks, out)]
+    _library().fastppo_moments(values.numel(), *pointers, chosen_isa(), torch.get_num_threads())
     return out
 
 
@@ -93,9 +98,9 @@ def _no_layout(cu_seqlens: Tensor, num_tokens: int) -> ValueError:
 @cache
 def _library() -> ctypes.CDLL:
     library = load()
-    library.fastppo_gae.argtypes = [_INT64, _INT64, *[_POINTER] * 5, _DOUBLE, _DOUBLE, *[_POINTER] * 2]
-    scores = [_POINTER, _INT]
-    library.fastppo_token_rewards.argtypes = [_INT64, _INT64, *scores, *[_POINTER] * 4, _DOUBLE, _INT, _POINTER]
-    library.fastppo_moments.argtypes = [_INT64, *[_POINTER] * 3]
+    library.fastppo_gae.argtypes = [_INT64, _INT64, *[_POINTER] * 5, _DOUBLE, _DOUBLE, *[_POINTER] * 2, _INT, _INT]
+    given, how = [_POINTER, _INT, *[_POINTER] * 4], [_DOUBLE, _INT, _POINTER, _INT]
+    library.fastppo_token_rewards.argtypes = [_INT64, _INT64, *given, *how]
+    library.fastppo_moments.argtypes = [_INT64, *[_POINTER] * 4, _INT, _INT]
     library.fastppo_moments.restype = None
     return library

@@ -6,20 +6,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastppo_kernels.native.isa import chosen_isa
 from fastppo_kernels.native.library import load
 from fastppo_kernels.table import VALUE_COLUMNS
 
 _POINTER, _INT, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CHUNK_ROWS = 128  # kChunkRows of values.cpp
-_ELEMENTS_PER_THREAD = 1 << 20  # about 0.3 ms of work: waking and joining threads must not matter
 
 
 def value_rows(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
     """(R, 8) float32 table of float32 values (R,), worked on in float64. See `table.value_table`."""
     rows = [x.contiguous() for x in (values, old_values, returns, weights)]
     table = torch.empty(values.shape[0], len(VALUE_COLUMNS), dtype=torch.float32)
-    _library().fastppo_value_rows(len(values), *[x.data_ptr() for x in rows], _bound(clip), table.data_ptr())
+    pointers = [x.data_ptr() for x in rows]
+    _library().fastppo_value_rows(len(values), *pointers, _bound(clip), table.data_ptr(), torch.get_num_threads())
     return table
 
 
@@ -76,7 +77,8 @@ def linear_value_rows(
         _bound(clip),
         *gradients,
         table.data_ptr(),
-        max(1, min(torch.get_num_threads(), num_rows * width // _ELEMENTS_PER_THREAD)),
+        chosen_isa(),
+        torch.get_num_threads(),
     )
     return table, dweight
 
@@ -89,10 +91,10 @@ def _bound(clip: float | None) -> float:
 def _library() -> ctypes.CDLL:
     library = load()
     rows, gradients = [_POINTER] * 3, [_POINTER, _INT64, _POINTER, _POINTER]
-    library.fastppo_value_rows.argtypes = [_INT64, *[_POINTER] * 4, _DOUBLE, _POINTER]
+    library.fastppo_value_rows.argtypes = [_INT64, *[_POINTER] * 4, _DOUBLE, _POINTER, _INT]
     library.fastppo_linear_value_rows.argtypes = [
         *[_INT64, _INT64, _INT, _POINTER, _INT64, _POINTER, _DOUBLE],
-        *[*rows, _DOUBLE, *gradients, _POINTER, _INT],
+        *[*rows, _DOUBLE, *gradients, _POINTER, _INT, _INT],
     ]
     for function in (library.fastppo_value_rows, library.fastppo_linear_value_rows):
         function.restype = None

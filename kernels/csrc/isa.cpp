@@ -1,0 +1,42 @@
+#include "isa.h"
+
+namespace fastppo {
+
+extern const RowKernels rows_portable;
+extern const Loops loops_portable;
+#if defined(__x86_64__)
+extern const RowKernels rows_avx2, rows_avx512, rows_avx512_bf16;
+extern const Loops loops_avx2, loops_avx512, loops_avx512_bf16;
+#endif
+
+namespace {
+
+// Fastest first.
+const InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+    }, &rows_avx512_bf16, &loops_avx512_bf16},
+    {"avx512", [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
+    }, &rows_avx512, &loops_avx512},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &rows_avx2, &loops_avx2},
+#endif
+    {"portable", [] { return true; }, &rows_portable, &loops_portable},
+};
+
+}  // namespace
+
+const InstructionSet& instruction_set(int isa) { return kInstructionSets[isa]; }
+
+}  // namespace fastppo
+
+extern "C" {
+
+int fastppo_num_isas() { return sizeof fastppo::kInstructionSets / sizeof fastppo::kInstructionSets[0]; }
+const char* fastppo_isa_name(int isa) { return fastppo::instruction_set(isa).name; }
+int fastppo_isa_supported(int isa) { return fastppo::instruction_set(isa).supported(); }
+
+}  // extern "C"
