@@ -257,6 +257,12 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_run_folder_in_place_of_a_checkpoint_names_its_checkpoints(tmp_path: Path) -> None:
+    folder = train(config(tmp_path, train={"save_every": 2}))
+    with pytest.raises(ValueError, match=r"run is a run folder: give one of its checkpoints/, final, step-000002"):
+        train(config(tmp_path, train={"save_every": 2}), resume=str(folder))
+
+
 def test_resume_takes_over_no_folder_of_another_run(tmp_path: Path) -> None:
     """Neither one that died before its first checkpoint, nor one that `--resume DIR` does not name."""
     one = train(config(tmp_path, train={"save_every": 2}))

@@ -196,3 +196,13 @@ def test_a_file_that_is_no_run_file_is_named(content: bytes | None, fragment: st
     with pytest.raises(ValueError, match=re.escape(fragment)) as error:
         load_config(path)
     assert str(path) in str(error.value) or content == b""
+
+
+def test_the_config_of_a_run_folder_is_a_run_file(tmp_path: Path) -> None:
+    config = from_dict(RunConfig, FULL)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    assert load_config(path) == config
+    path.write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        load_config(path)

@@ -28,6 +28,7 @@ import runs
 from batches import equal_weights, weights
 from fastppo import PPOEngine, RewardError, RunConfig, checkpoint, demo, train
 from fastppo.run_file import from_dict
+from fastppo.stop import ONE_REQUEST, stop_requests
 
 TRL_NAMES = {  # of trl.PPOTrainer's log, where both have the quantity
     "objective/kl", "objective/entropy", "objective/scores", "objective/rlhf_reward", "policy/approxkl_avg",
@@ -222,6 +223,8 @@ def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, 
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.02)
     process.send_signal(number)
+    time.sleep(0.01)
+    process.send_signal(number)  # as `timeout` and make do: the group has it already
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == ends
     assert f"iterations: saved {tmp_path / 'run' / 'checkpoints' / 'interrupted'}" in out
@@ -229,6 +232,17 @@ def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, 
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 1
     load(tmp_path / "run" / "checkpoints" / "interrupted")
     assert checkpoint.read(tmp_path / "run" / "checkpoints" / "interrupted").step == steps[-1]
+
+
+def test_a_second_request_stops_at_once(monkeypatch: Any) -> None:
+    clock = iter([10.0, 10.0 + ONE_REQUEST, 10.1 + ONE_REQUEST])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with stop_requests() as received:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert received == [signal.SIGTERM] * 2
 
 
 def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
