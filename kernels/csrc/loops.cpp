@@ -169,6 +169,54 @@ void column_sums(const double* partials, int64_t num_rows, int64_t width, int64_
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]);
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+
+// Which of up to 16 bytes are set.
+FASTPPO_INLINE __mmask16 set_of(const uint8_t* mask, __mmask16 inside) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(inside, mask);
+    return _mm_test_epi8_mask(bytes, bytes);
+}
+
+FASTPPO_INLINE __mmask16 inside_of(int64_t rest) { return rest < 16 ? (1u << rest) - 1 : 0xffff; }
+
+int64_t pack(const float* x, const uint8_t* mask, int64_t n, float* out) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 inside = inside_of(n - i), taken = set_of(mask + i, inside);
+        _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(taken, _mm512_maskz_loadu_ps(inside, x + i)));
+        count += __builtin_popcount(taken);
+    }
+    return count;
+}
+
+void unpack(const float* x, const uint8_t* mask, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 inside = inside_of(n - i), taken = set_of(mask + i, inside);
+        _mm512_mask_storeu_ps(out + i, inside, _mm512_maskz_expand_ps(taken, _mm512_loadu_ps(x)));
+        x += __builtin_popcount(taken);
+    }
+}
+
+#else
+
+int64_t pack(const float* x, const uint8_t* mask, int64_t n, float* out) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        out[count] = x[i];
+        count += mask[i] != 0;
+    }
+    return count;
+}
+
+void unpack(const float* x, const uint8_t* mask, int64_t n, float* out) {
+    for (int64_t i = 0, j = 0; i < n; ++i) {  // reads where it takes nothing: no branch to mispredict
+        out[i] = mask[i] ? x[j] : 0.0f;
+        j += mask[i] != 0;
+    }
+}
+
+#endif
+
 // A_t = delta_t + c A_{t+1} unrolled to A_t = x_t + c^8 A_{t+8} with x_t = delta_t + c delta_{t+1} + ... + c^7
 // delta_{t+7}, so that nothing waits for the element before it.
 void gae(
@@ -221,7 +269,7 @@ namespace fastppo {
 extern const Loops FASTPPO_LOOPS;
 const Loops FASTPPO_LOOPS = {
     {widen<float>, widen<BFloat16>}, sweep, exponentials, mass_above, indices_between, drop,
-    {dot<float>, dot<BFloat16>}, {spread<float>, spread<BFloat16>}, column_sums, gae, moments,
+    {dot<float>, dot<BFloat16>}, {spread<float>, spread<BFloat16>}, column_sums, pack, unpack, gae, moments,
 };
 
 }  // namespace fastppo

@@ -11,6 +11,7 @@ namespace fastppo {
 constexpr int64_t kGroup = 64;  // sums run in so many lanes and fold in one order, whatever the width of a register
 constexpr int64_t kBlock = 256;        // columns of a row of logits
 constexpr int64_t kGaeBlock = 64;      // actions
+constexpr int64_t kLooseEnd = 16;      // elements that are touched, not used, behind packed ones
 constexpr int64_t kMomentsBlock = 1024;
 
 struct Mass {
@@ -53,6 +54,10 @@ struct Loops {
 
     // Of sequences.
 
+    // The x whose mask is set, next to each other; returns how many. `out` holds n + kLooseEnd.
+    int64_t (*pack)(const float* x, const uint8_t* mask, int64_t n, float* out);
+    // The reverse, 0 where the mask is not set. `x` can be read kLooseEnd past what was packed.
+    void (*unpack)(const float* x, const uint8_t* mask, int64_t n, float* out);
     // n <= kGaeBlock actions in a row, all at once.
     void (*gae)(const float* rewards, const float* values, int64_t n, double gamma, double c, Step* next,
                 float* advantages, float* returns);

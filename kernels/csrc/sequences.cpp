@@ -37,19 +37,13 @@ struct Gae {
 
     // Tokens first .. first + n - 1, some of them no actions: the actions are packed together and spread out again.
     void holed_block(int64_t first, int64_t n, Step* next) const {
-        float reward[kGaeBlock], value[kGaeBlock], advantage[kGaeBlock + 1], ret[kGaeBlock + 1];
-        int64_t actions = 0;
-        for (int64_t t = first; t < first + n; ++t) {
-            reward[actions] = rewards[t], value[actions] = values[t];
-            actions += mask[t] != 0;
-        }
+        constexpr int64_t size = kGaeBlock + kLooseEnd;
+        float reward[size], value[size], advantage[size] = {}, ret[size] = {};
+        const int64_t actions = loops.pack(rewards + first, mask + first, n, reward);
+        loops.pack(values + first, mask + first, n, value);
         if (actions) loops.gae(reward, value, actions, gamma, decay, next, advantage, ret);
-        advantage[kGaeBlock] = ret[kGaeBlock] = 0.0f;  // where tokens that are no actions read: no branch to mispredict
-        for (int64_t t = first, i = 0; t < first + n; ++t) {
-            const int64_t source = mask[t] ? i : kGaeBlock;
-            advantages[t] = advantage[source], returns[t] = ret[source];
-            i += mask[t] != 0;
-        }
+        loops.unpack(advantage, mask + first, n, advantages + first);
+        loops.unpack(ret, mask + first, n, returns + first);
     }
 
     void sequence(int64_t start, int64_t end, double bootstrap) const {
