@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # All that a GPU can tell about a commit, in under 9 minutes: the laws of the kernels and tests/gpu, the sanitizer over
 # the row kernel, and every op beside its peers.
-#   bash bench/gpu_suite.sh --out DIR      # PYTHON=... picks an interpreter with fastppo installed, else python3
-# A part that fails does not stop the next; the exit status is 1 if any did. Needs pytest and hypothesis.
+#   bash bench/gpu_suite.sh --out DIR [--wheels DIR]  # PYTHON=... picks an interpreter with fastppo installed, else python3
+# A part that fails does not stop the next; the exit status is 1 if any did. Needs pytest and hypothesis. Where there is no
+# network, put wheels of what is missing into a folder first (the peers are optional; a missing one is a row that says so):
+#   pip download --no-deps -d wheels hypothesis sortedcontainers tyro docstring-parser typeguard liger-kernel trl
 set -uo pipefail
-[[ ${1:-} == --out && -n ${2:-} ]] || { echo "usage: bash bench/gpu_suite.sh --out DIR" >&2; exit 2; }
+usage="usage: bash bench/gpu_suite.sh --out DIR [--wheels DIR]"
+[[ ${1:-} == --out && -n ${2:-} && ($# == 2 || ($# == 4 && $3 == --wheels)) ]] || { echo "$usage" >&2; exit 2; }
+export PYTHON=${PYTHON:-python3}
+[[ $# == 2 ]] || "$PYTHON" -m pip install -q --no-index --no-deps "$4"/*.whl || exit 2
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 cd "$(dirname "$0")/.."
-export PYTHON=${PYTHON:-python3}
 unset TRITON_INTERPRET FASTPPO_BACKEND # on a GPU the kernels are compiled
 failed=0
 
@@ -59,5 +63,6 @@ export out
 "$PYTHON" -c "from fastppo.doctor import doctor; doctor()" | tee "$out/doctor.txt"
 part tests 190 bash -c tests
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 70 bash -c sanitizer
-part kernels 260 bash bench/kernels.sh "$out/kernels.jsonl" --seconds 2
+part rollout 60 "$PYTHON" bench/bench_rollout.py --device cuda --models 0.5B --dtypes bfloat16 --out "$out/rollout.jsonl"
+part kernels 200 bash bench/kernels.sh "$out/kernels.jsonl" --seconds 2
 exit $failed
