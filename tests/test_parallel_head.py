@@ -36,28 +36,29 @@ def inputs(dtype: torch.dtype, case: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def run(made: dict[str, Any], case: dict[str, Any], group: Any = None, rank: int | None = None) -> list[Tensor]:
+def run(given: dict[str, Any], case: dict[str, Any], group: Any = None, rank: int | None = None) -> list[Tensor]:
     """Loss, log-probs, entropies and all gradients; of one rank's share of weight and bias if `rank` is given."""
     settings = {k: v for k, v in case.items() if k not in ("offset", "masked")}
     head = {k: v for k, v in settings.items() if k in ("temperature", "softcap", "chunk_size")}
     share = slice(None) if rank is None else slice(rank * V // RANKS, (rank + 1) * V // RANKS)
-    leaves = [made["hidden"].clone(), made["weight"][share].clone(), made["bias"][share].clone()]
+    leaves = [given["hidden"].clone(), given["weight"][share].clone(), given["bias"][share].clone()]
     h, w, b = (x.requires_grad_() for x in leaves)
     loss, stats = linear_ppo_loss(
         h,
         w,
-        made["targets"],
-        *made["rows"],
+        given["targets"],
+        *given["rows"],
         bias=b,
-        ref_logprobs=made["ref"],
+        ref_logprobs=given["ref"],
         with_entropy=True,
         group=group,
         **settings,
     )
     gradients = torch.autograd.grad(2.0 * loss, (h, w, b))
-    logprobs, entropy = token_logprobs(h, w, made["targets"], bias=b, return_entropy=True, group=group, **head)
-    more = torch.autograd.grad((logprobs * made["rows"][1]).sum() + 0.3 * entropy.sum(), (h, w, b))
-    return [loss, stats["clip_count"], stats["entropy_sum"], logprobs, entropy, *gradients, *more]
+    logprobs, entropy = token_logprobs(h, w, given["targets"], bias=b, return_entropy=True, group=group, **head)
+    more = torch.autograd.grad((logprobs * given["rows"][1]).sum() + 0.3 * entropy.sum(), (h, w, b))
+    made = (loss, stats["clip_count"], stats["entropy_sum"], logprobs, entropy, *gradients, *more)
+    return [x.detach() for x in made]  # a graph would hold the process group beyond its end
 
 
 def on_one_rank(rank: int, folder: str) -> None:

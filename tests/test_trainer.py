@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,7 +237,7 @@ def test_ctrl_c_or_a_schedulers_signal_ends_a_run_saved(number: signal.Signals, 
 
 def test_a_second_request_stops_at_once(monkeypatch: Any) -> None:
     clock = iter([10.0, 10.0 + ONE_REQUEST, 10.1 + ONE_REQUEST])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("fastppo.stop.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with stop_requests() as received:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
