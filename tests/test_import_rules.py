@@ -79,7 +79,7 @@ def _broken_rule(module: str, owner: str, name: str) -> str | None:
     if root == "tyro" and importer != "fastppo.cli":
         return "only fastppo/cli.py imports tyro"
     if MODEL_CLASSES.fullmatch(name) and importer != "fastppo.models":
-        return "only fastppo/models.py imports transformers' model classes"
+        return "only fastppo/models imports transformers' model classes"
     if importer in STDLIB_ONLY and root not in sys.stdlib_module_names and owner not in STDLIB_ONLY:
         return "the config modules and the checks.py they use import the standard library only"
     if importer in SHARED and owner in PHASES | ABOVE_THE_PHASES:
@@ -146,7 +146,7 @@ def test_planted_violation_is_found(module: str, source: str):
     [
         ("fastppo_kernels.gae", "import math\nimport torch\nimport triton.language as tl"),
         ("fastppo.config", "import math\nfrom fastppo.checks import require"),
-        ("fastppo.models", "from transformers import AutoModelForCausalLM"),
+        ("fastppo.models.roles", "from transformers import AutoModelForCausalLM"),
         ("fastppo.cli", "import tyro\nfrom fastppo.trainer import train"),
         ("fastppo.rewards", "from transformers import AutoTokenizer\nfrom fastppo.batch import Rollout"),
         ("fastppo.rollout.embedded", "from fastppo.rollout import sampling\nfrom fastppo_kernels import sample"),

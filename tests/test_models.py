@@ -70,7 +70,7 @@ def test_critic_from_a_reward_model_is_its_score_path(architecture: str, label: 
     with torch.no_grad():
         ids = [torch.tensor([[*p, *r]]) for p, r in rollout.sequences()]
         expected = torch.cat([raw.eval()(input_ids=x).logits[:, label] for x in ids])
-    critic = models.critic_from(models._prepare(raw, False), label=label)
+    critic = models.critic_from(models.prepare(raw, False), label=label)
     torch.testing.assert_close(state_values(critic, rollout, max_tokens=100)[1], expected, atol=1e-5, rtol=0)
 
 

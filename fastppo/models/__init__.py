@@ -1,0 +1,50 @@
+"""The models: load, call, save. The only package that names transformers' model classes.
+
+All roles are ordinary transformers models with packed attention and dropout off, saved so that the AutoModel classes
+load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
+"""
+
+from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, require_context
+from fastppo.models.files import has_tokenizer, load_tokenizer, save
+from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
+from fastppo.models.prepare import frozen, prepare, to_device
+from fastppo.models.roles import (
+    critic_from,
+    load_critic,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    new_causal_lm,
+    prepare_policy,
+    reference_of,
+    reward_model_from,
+)
+
+__all__ = [
+    "LMHead",
+    "classify",
+    "context_length",
+    "critic_from",
+    "eos_token_ids",
+    "frozen",
+    "has_tokenizer",
+    "hidden_states",
+    "is_decoder",
+    "kv_bytes_per_token",
+    "lm_head",
+    "load_critic",
+    "load_policy",
+    "load_reference",
+    "load_reward_model",
+    "load_tokenizer",
+    "new_causal_lm",
+    "prepare",
+    "prepare_policy",
+    "reference_of",
+    "require_context",
+    "reward_model_from",
+    "save",
+    "to_device",
+    "value_head",
+    "values",
+]

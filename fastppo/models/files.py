@@ -1,0 +1,92 @@
+"""Checkpoints and tokenizers on disk: read with nothing missing, damaged or filled with noise; written whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastppo.checks import InputError, require
+from fastppo.hub import require_there
+from fastppo.models.prepare import dropout_keys
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint."""
+    require_there(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = _first_line(error) if has_tokenizer(path) else "it has none of its files"
+        ways = "copy tokenizer.json and tokenizer_config.json there, or call tokenizer.save_pretrained on it"
+        raise InputError(f"no usable tokenizer at {path!r} ({reason}): {ways}") from error
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a checkpoint brings its own tokenizer (a hub name is assumed to)."""
+    folder = Path(path)
+    return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def save(model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write a folder that the AutoModel classes load: safetensors, config and, when given, the tokenizer."""
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def load(cls: Any, path: str, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    model, info = read(cls, path, dtype, trust_remote_code=trust_remote_code)
+    refuse_damaged(path, model, info, ())
+    return model
+
+
+def read(
+    cls: Any, path: str, dtype: str = "float32", *, trust_remote_code: bool, **overrides: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """transformers loads what it can and fills the rest with noise; what it filled comes back beside the model."""
+    config = read_config(path, trust_remote_code)
+    try:
+        for name, value in {**dict.fromkeys(dropout_keys(config), 0.0), **overrides}.items():
+            setattr(config, name, value)
+        return cls.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise InputError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
+
+
+def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    require_there(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(f"cannot read the config of {path!r}: {_first_line(error)}") from error
+
+
+def refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    wild = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    mismatched = [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]
+    problems = {"lacks": info["missing_keys"], "has the wrong shape for": mismatched, "has NaN or infinity in": wild}
+    for problem, names in problems.items():
+        bad = sorted(n for n in names if n.split(".")[0] not in allowed)
+        require(
+            not bad,
+            f"checkpoint {path!r} {problem} {len(bad)} tensors, the first is {bad[0] if bad else ''!r}: "
+            "it is damaged or of another architecture; give the folder of a whole checkpoint",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

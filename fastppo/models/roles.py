@@ -1,0 +1,142 @@
+"""The four roles: policy, reference, reward, critic, from a checkpoint or from each other."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from fastppo.checks import require
+from fastppo.config import ModelConfig
+from fastppo.models.files import load, read, read_config, refuse_damaged
+from fastppo.models.heads import HEADS, is_decoder, lm_head, value_head
+from fastppo.models.prepare import check_head, frozen, prepare, to_device, without_dropout
+
+
+def load_policy(config: ModelConfig) -> PreTrainedModel:
+    """Any causal LM checkpoint, ready for packed forwards.
+
+    Raises:
+        ValueError: the checkpoint is missing, damaged, incomplete, or its logits are not a plain LM head's.
+    """
+    model = load(AutoModelForCausalLM, config.path, config.dtype, trust_remote_code=config.trust_remote_code)
+    return prepare_policy(model, gradient_checkpointing=config.gradient_checkpointing)
+
+
+def prepare_policy(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """Switch packed attention on and check that hidden states and LM head reproduce the model's own logits."""
+    model = prepare(model, gradient_checkpointing)
+    check_head(model)
+    return model
+
+
+def new_causal_lm(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A causal LM with random weights."""
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def load_reference(config: ModelConfig, policy: PreTrainedModel) -> PreTrainedModel:
+    """The frozen model that KL is measured against: the policy as it is now, or the checkpoint the config names."""
+    if config.reference is None:
+        return reference_of(policy)
+    reference = load(AutoModelForCausalLM, config.reference, config.dtype, trust_remote_code=config.trust_remote_code)
+    reference = to_device(prepare_policy(reference), policy.device)
+    require(
+        lm_head(reference).weight.shape[0] == lm_head(policy).weight.shape[0],
+        f"reference and policy must share a vocabulary, got {lm_head(reference).weight.shape[0]} and "
+        f"{lm_head(policy).weight.shape[0]} entries",
+    )
+    return frozen(reference)
+
+
+def reference_of(policy: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of the policy as it is now."""
+    return frozen(copy.deepcopy(policy))
+
+
+def load_reward_model(path: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Any sequence-classification checkpoint, frozen. Decoders get packed attention, encoders keep their own."""
+    model = load(AutoModelForSequenceClassification, path, dtype, trust_remote_code=trust_remote_code)
+    return frozen(prepare(model, False) if is_decoder(model) else without_dropout(model))
+
+
+def load_critic(
+    path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
+    config = read_config(path, trust_remote_code)
+    cls = _critic_class(config)
+    saved = any(name.endswith(cls.__name__.removeprefix("AutoModel")) for name in config.architectures or [])
+    model, info = read(cls, path, trust_remote_code=trust_remote_code, num_labels=1)
+    refuse_damaged(path, model, info, () if saved else HEADS)
+    if not saved:
+        _zero(value_head(model))
+    for parameter in model.base_model.parameters():  # not buffers: rotary frequencies are float32; so is the head
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return prepare(model, gradient_checkpointing)
+
+
+def critic_from(
+    model: PreTrainedModel, *, label: int | None = None, gradient_checkpointing: bool = False
+) -> PreTrainedModel:
+    """A critic with the body of `model` (a policy, or a reward model with `label` naming the logit to start from).
+
+    The value head is float32: zero for a policy (V = 0 before the first update), the reward head for a reward model.
+    """
+    critic = _with_body_of(model, _critic_class(model.config))
+    head = _zero(value_head(critic).float())
+    if label is not None:
+        with torch.no_grad():
+            source = value_head(model)
+            head.weight.copy_(source.weight[label])
+            if head.bias is not None and source.bias is not None:
+                head.bias.copy_(source.bias[label])
+    return prepare(critic, gradient_checkpointing)
+
+
+def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
+    """A reward model to be trained: the body of a policy, a new head N(0, 1 / sqrt(H + 1)) (N+ details, reward 2)."""
+    reward = _with_body_of(model, AutoModelForSequenceClassification)
+    head = value_head(reward).float()
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return prepare(reward, False)
+
+
+def _critic_class(config: PreTrainedConfig) -> Any:
+    """A value per token is token classification with one label.
+
+    Where transformers has no such class for an architecture, its sequence classifier holds the same body and head.
+    """
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return AutoModelForTokenClassification
+    require(
+        type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        f"transformers has no classifier for {config.model_type!r}, so it cannot be a critic: name another "
+        "checkpoint in critic.init, or use a critic-free ppo.advantage",
+    )
+    return AutoModelForSequenceClassification
+
+
+def _with_body_of(model: PreTrainedModel, cls: Any) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    other = cls.from_config(config, dtype=model.dtype).to(model.device)
+    getattr(other, other.base_model_prefix).load_state_dict(model.base_model.state_dict())
+    return other
+
+
+@torch.no_grad()
+def _zero(head: nn.Linear) -> nn.Linear:
+    head.weight.zero_()
+    if head.bias is not None:
+        head.bias.zero_()
+    return head
