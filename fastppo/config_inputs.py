@@ -8,6 +8,7 @@ from typing import Literal
 from fastppo.checks import require, require_positive
 
 Dtype = Literal["float32", "bfloat16"]
+HIDDEN = "***"  # in place of a secret, where a run writes down its config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +44,8 @@ class RewardConfig:
     kind: Literal["model", "function", "http"]
     """What scores: a sequence classifier, a Python function, or an HTTP endpoint."""
     target: str
-    """Checkpoint of a sequence classifier, `module:function`, or a URL."""
+    """Checkpoint of a sequence classifier, `module:function`, or a URL, in which ${NAME} stands for a variable of the
+    environment: what a run writes down has neither the password nor the query of a URL, but does have ${NAME}."""
     weight: float = 1.0
     """Factor on its scores in the sum; 0: only logged."""
     name: str = ""
@@ -57,7 +59,10 @@ class RewardConfig:
     timeout_s: float = 60.0
     """Seconds until one call of a function or an endpoint has failed."""
     retries: int = 3
-    """Further tries of an endpoint after a failure; the wait doubles from 0.5 s."""
+    """Further tries after an endpoint failed, or anything with on_error = "retry"; the wait doubles from 0.5 s."""
+    on_error: Literal["fail", "retry", "skip"] = "fail"
+    """When it raises, does not answer or gives what is no score: end the run; ask `retries` more times, then end it;
+    or leave the samples without a score out of the iteration, a function's being asked for one by one."""
     trust_remote_code: bool = False
     """Run Python code that comes with a reward model's checkpoint."""
 
@@ -66,6 +71,11 @@ class RewardConfig:
         legal = {"model": "a checkpoint", "function": "'module:function'", "http": "a URL with http://"}[self.kind]
         wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
         require(re.match(form, self.target) is not None, wrong)
+        require(
+            self.kind != "http" or HIDDEN not in self.target,
+            f"rewards.target {self.target!r} is what a run wrote down of a URL with a secret: give the URL itself, "
+            "best with ${NAME}, a variable of the environment, in its place",
+        )
         require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
         require_positive("rewards", self, "batch_size", "timeout_s")
         require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
@@ -73,7 +83,8 @@ class RewardConfig:
     @property
     def log_name(self) -> str:
         """What the logs call it."""
-        return self.name or self.target.rstrip("/").split("/")[-1].split(":")[-1]
+        target = self.target.partition("?")[0] if self.kind == "http" else self.target
+        return self.name or target.rstrip("/").split("/")[-1].split("@")[-1].split(":")[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,8 @@ PACKAGES = {"fastppo": ROOT / "fastppo", "fastppo_kernels": ROOT / "kernels" / "
 
 PHASES = {f"fastppo.{name}" for name in ("rollout", "rewards", "score", "advantages", "update")}
 ABOVE_THE_PHASES = {"fastppo.engine", "fastppo.trainer", "fastppo.cli", "fastppo.__main__", "fastppo.<public names>"}
-SHARED = {"fastppo.batch", "fastppo.protocols", "fastppo.config", "fastppo.config_inputs"}
-STDLIB_ONLY = {"fastppo.config", "fastppo.config_inputs", "fastppo.checks"}
+SHARED = {"fastppo.batch", "fastppo.protocols", "fastppo.config", "fastppo.config_inputs", "fastppo.config_watch"}
+STDLIB_ONLY = {"fastppo.config", "fastppo.config_inputs", "fastppo.config_watch", "fastppo.checks"}
 MODEL_CLASSES = re.compile(r"transformers\.(.*\.)?(AutoModel\w*|\w+For(CausalLM|(Sequence|Token)Classification))")
 
 Import = tuple[str, int]  # (absolute dotted name, line)
