@@ -4,11 +4,19 @@ import math
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from fastppo.checks import require, require_positive
 
 Dtype = Literal["float32", "bfloat16"]
 HIDDEN = "***"  # in place of a secret, where a run writes down its config
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(urlsplit(text).hostname)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +79,7 @@ class RewardConfig:
         legal = {"model": "a checkpoint", "function": "'module:function'", "http": "a URL with http://"}[self.kind]
         wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
         require(re.match(form, self.target) is not None, wrong)
+        require(self.kind != "http" or _is_url(self.target), wrong)
         require(
             self.kind != "http" or HIDDEN not in self.target,
             f"rewards.target {self.target!r} is what a run wrote down of a URL with a secret: give the URL itself, "

@@ -19,6 +19,8 @@ def check_steps(run: Run, step: int) -> None:
         NonFiniteError: too many in a row, and there is nothing to go back to or nobody asked.
     """
     skipped = run.engine.skipped()
+    if not skipped:
+        run.rolled_back_to = None  # it helped
     for role, (count, why) in skipped.items():
         if distributed.rank() == 0:
             print(f"iteration {step}: {role}: step skipped, {count} in a row: {why}", flush=True)
@@ -38,13 +40,14 @@ def check_steps(run: Run, step: int) -> None:
 
 
 def _last_good(run: Run) -> Checkpoint | None:
-    """The newest whole checkpoint whose last step was taken, not skipped."""
+    """The newest whole checkpoint with steps of its own, the last of them taken, not skipped."""
     run.writer.wait()
     for path in sorted(Path(run.folder, "checkpoints").glob("*"), key=checkpoint.claimed_step, reverse=True):
         try:
             found = checkpoint.read(path)
         except InputError:
             continue
-        if not any(role[2] for role in found.numbers["engine"]["roles"].values()):
+        skipped = any(role[2] for role in found.numbers["engine"]["roles"].values())
+        if not skipped and found.numbers["rolled_back_to"] is None:
             return found
     return None

@@ -48,8 +48,7 @@ class Kept:
         if facts is None:
             return None
         parts = {name: self.tensors[f"part/{i}"] for i, name in enumerate(facts["parts"])}
-        missing = {int(i): why for i, why in facts["missing"].items()}
-        return Scores(self.tensors["scores"], self.tensors.get("token_scores"), parts, missing, facts["counts"])
+        return Scores(self.tensors["scores"], self.tensors.get("token_scores"), parts, {}, facts["counts"])
 
 
 def generate(run: "Run", prompts: Prompts) -> Rollout:
@@ -57,6 +56,9 @@ def generate(run: "Run", prompts: Prompts) -> Rollout:
     if run.kept is not None:
         rollout = run.kept.rollout(prompts).to(run.engine.policy.device)
         set_rng(run, run.kept.numbers["rng"])
+        if distributed.rank() == 0:
+            what = "rollout" if run.kept.numbers["scores"] is None else "rollout and scores"
+            print(f"resume: took the {what} of iteration {run.step + 1} that was finished", flush=True)
         return rollout
     rollout = run.engine.generate(prompts)
     _keep(run, rollout, None)
@@ -71,9 +73,10 @@ def score(run: "Run", rollout: Rollout) -> Scores:
         set_rng(run, run.kept.numbers["rng"])
         tokens = None if known.tokens is None else known.tokens.to(device)
         parts = {name: part.to(device) for name, part in known.parts.items()}
-        return Scores(known.sequences.to(device), tokens, parts, known.missing, known.counts)
+        return Scores(known.sequences.to(device), tokens, parts, {}, known.counts)
     scores = run.rewards(rollout)
-    _keep(run, rollout, scores)
+    if not scores.missing:  # else a run that goes on asks again
+        _keep(run, rollout, scores)
     return scores
 
 
@@ -121,7 +124,7 @@ def _keep(run: "Run", rollout: Rollout, scores: Scores | None) -> None:
     if scores is not None:
         tensors |= {"scores": scores.sequences} | {f"part/{i}": part for i, part in enumerate(scores.parts.values())}
         tensors |= {} if scores.tokens is None else {"token_scores": scores.tokens}
-        facts = {"parts": list(scores.parts), "missing": scores.missing, "counts": scores.counts}
+        facts = {"parts": list(scores.parts), "counts": scores.counts}
     numbers = {"follows": run.boundary["id"], "rollout": _facts(rollout), "scores": facts, "rng": rng(run)}
     run.kept = Kept(numbers, tensors)
     write(run)

@@ -15,7 +15,10 @@ def redacted(url: str) -> str:
     """`url` without its user and password and the values of its query, but for ${NAME}, which is no secret."""
     if not url.startswith(("http://", "https://")):
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no URL at all: who knows where its secret is
+        return url.partition("//")[0] + "//" + HIDDEN
     user, at, host = parts.netloc.rpartition("@")
     user = ":".join(map(_hidden, user.split(":")))
     pairs = (pair.partition("=") for pair in parts.query.split("&"))
