@@ -138,7 +138,8 @@ class PPOConfig:
         require(self.clip_high >= 0, f"ppo.clip_high must be >= 0, got {self.clip_high}")
         for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps", "max_skipped_steps"):
             require(0 <= getattr(self, name) < math.inf, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
-        require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
+        dual = self.dual_clip is None or 1 < self.dual_clip < math.inf
+        require(dual, f"ppo.dual_clip must be > 1 and finite, got {self.dual_clip}")
         finite = math.isfinite(self.missing_eos_score)
         require(finite, f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
         require(

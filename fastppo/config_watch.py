@@ -46,7 +46,8 @@ class WatchConfig:
         require_positive("watch", self, "min_ess", "min_entropy", "max_length_correlation")
         require(0 <= self.judge_drop < math.inf, f"watch.judge_drop must be >= 0, got {self.judge_drop}")
         least = self.min_explained_variance
-        require(least is None or least < 1, f"watch.min_explained_variance must be < 1, got {least}")
+        legal = least is None or -math.inf < least < 1
+        require(legal, f"watch.min_explained_variance must be < 1 and finite, got {least}")
 
     def check_judge(self, rewards: list[str], *, has_evaluation: bool) -> None:
         """

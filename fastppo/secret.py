@@ -3,7 +3,8 @@
 import base64
 import os
 import re
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from collections.abc import Callable
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from fastppo.checks import InputError
 from fastppo.config_inputs import HIDDEN
@@ -26,8 +27,8 @@ def redacted(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query=query))
 
 
-def filled(url: str) -> str:
-    """`url` with the environment's values for ${NAME}.
+def filled(text: str, quoted: Callable[[str], str] = str) -> str:
+    """`text` with the environment's values for ${NAME}, each through `quoted`.
 
     Raises:
         ValueError: the environment has no such variable.
@@ -35,18 +36,20 @@ def filled(url: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise InputError(f"{redacted(url)} needs {match[1]} in the environment, which is not set: export it")
-        return os.environ[match[1]]
+            raise InputError(f"rewards.target needs {match[1]} in the environment, which is not set: export it")
+        return quoted(os.environ[match[1]])
 
-    return _VARIABLE.sub(value, url)
+    return _VARIABLE.sub(value, text)
 
 
 def request_parts(url: str) -> tuple[str, dict[str, str]]:
     """The URL to ask, and the headers that say who asks: user and password are not a part of what is asked for."""
-    parts: SplitResult = urlsplit(filled(url))
+    parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
-    headers = {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"} if at else {}
-    return urlunsplit(parts._replace(netloc=host)), headers
+    who = base64.b64encode(filled(unquote(user)).encode()).decode()
+    path, query = (filled(x, quote) for x in (parts.path, parts.query))
+    asked = urlunsplit(parts._replace(netloc=filled(host), path=path, query=query))
+    return asked, {"Authorization": f"Basic {who}"} if at else {}
 
 
 def _hidden(value: str) -> str:
