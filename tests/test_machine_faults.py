@@ -52,8 +52,8 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_leaves_the_last_check
         assert done.returncode == 1, done.stderr
         assert done.stderr.startswith("fastppo: cannot write the checkpoint ") and done.stderr.count("\n") == 1
         assert "No space left on device" in done.stderr and "go on with --resume" in done.stderr
-        (whole,) = [p for p in (disk / "run" / "checkpoints").iterdir() if p.name.startswith("step")]
-        assert checkpoint.read(whole).step == 2
+        found, passed_over = checkpoint.newest(disk / "run" / "checkpoints")
+        assert found is not None and found.step >= 2 and passed_over == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert command(str(path), "--resume").returncode == 0
         assert_same_run(undisturbed, disk / "run")
@@ -71,28 +71,40 @@ def test_a_log_that_cannot_be_written_is_one_line_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_that_turns_read_only_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    """Before the start, by a read-only mount (root may write to any folder else), and in the middle."""
+def test_a_run_folder_that_is_read_only_is_refused_at_once(tmp_path: Path) -> None:
+    """By a read-only mount: to root any other folder is open."""
     place = tmp_path / "place"
-    place.mkdir()
-    with mounted(place, "--bind", str(place)):
-        path = runs.run_file(tmp_path, out=str(place / "run"), train={"total_steps": 10**6, "save_every": 2})
-        line = [sys.executable, "-m", "fastppo", "train", path]
-        process = subprocess.Popen(
-            line, cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        while process.poll() is None and not list((place / "run").glob("checkpoints/step-000004")):
+    with mounted(place, "--bind", str(tmp_path)):
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
+        done = command(runs.run_file(tmp_path, out=str(place / "run")))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("fastppo: cannot write to the run folder") and "Read-only file system" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_that_can_no_longer_be_written_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """The folder of checkpoints is made immutable, which holds root too."""
+    path = runs.run_file(tmp_path, train={"total_steps": 10**6, "save_every": 2, "eval_every": 10**6})
+    checkpoints = tmp_path / "run" / "checkpoints"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastppo", "train", path],
+        cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while process.poll() is None and not list(checkpoints.glob("step-000004")):
             time.sleep(0.02)
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=False)
+        if subprocess.run(["chattr", "+i", str(checkpoints)], capture_output=True).returncode:
+            pytest.skip("cannot make a folder immutable here")
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 1 and "Traceback" not in err and err.count("\n") == 1, err
-        assert "Read-only file system" in err
-        found, passed_over = checkpoint.newest(place / "run" / "checkpoints")
-        assert found is not None and found.step >= 4 and passed_over == []
-        again = command(path, "--resume")
-        assert again.returncode == 2 and "cannot write to the run folder" in again.stderr
-        assert again.stderr.count("\n") == 1
+    finally:
+        subprocess.run(["chattr", "-i", str(checkpoints)], capture_output=True)
+        process.kill()
+        process.communicate()
+    assert process.returncode == 1 and "Traceback" not in err and err.count("\n") == 1, err
+    assert err.startswith("fastppo: cannot write the checkpoint") and "Operation not permitted" in err
+    found, passed_over = checkpoint.newest(checkpoints)
+    assert found is not None and found.step >= 4 and passed_over == []
 
 
 def script(name: str, *args: str) -> str:
