@@ -26,17 +26,23 @@ def full(*_: Any) -> None:
 
 def test_a_checkpoint_holds_the_state_it_was_taken_of(tmp_path: Path, monkeypatch: Any) -> None:
     """However late the thread writes it while training goes on: bit for bit what is written when training waits."""
-    slow, written = checkpoint.write, threading.Event()
+    write, update, trained = checkpoint.write, PPOEngine.update, threading.Semaphore(0)
 
-    def late(*args: Any) -> None:
-        time.sleep(0.2)
-        slow(*args)
-        written.set()
+    def late(folder: Path, *args: Any) -> None:
+        if folder.name in ("step-000002", "step-000004"):
+            assert trained.acquire(timeout=60)  # another iteration changed the weights
+        write(folder, *args)
+
+    def told(engine: PPOEngine, experience: Any) -> Any:
+        stats = update(engine, experience)
+        if engine.iteration in (3, 5):
+            trained.release()
+        return stats
 
     waits = train(config(tmp_path, out=str(tmp_path / "waits"), train={"async_save": False}))
     monkeypatch.setattr(checkpoint, "write", late)
+    monkeypatch.setattr(PPOEngine, "update", told)
     aside = train(config(tmp_path, out=str(tmp_path / "aside"), train={"async_save": True}))
-    assert written.is_set()
     for name in ("step-000002", "step-000004", "final"):
         for file in ("state.safetensors", "policy/model.safetensors", "critic/model.safetensors"):
             a, b = (load_file(folder / "checkpoints" / name / file) for folder in (waits, aside))
