@@ -12,7 +12,7 @@ import tyro
 
 from fastppo import __version__, report
 from fastppo import doctor as doctor_module
-from fastppo.checks import InputError, require
+from fastppo.checks import InputError, RolloutError, require
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
 from fastppo.resume import LATEST
@@ -28,7 +28,8 @@ NO_RUN_FILE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input ends with one line on stderr and exit code 2, a reward that failed with exit code 1.
+    """Entry point. Bad input ends with one line on stderr and exit code 2, a reward or a rollout that failed
+    with exit code 1.
 
     Ctrl-C ends with 130, SIGTERM while a run trains with 0: the run is saved.
     """
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             commands = {"train": train, "demo": demo, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
-    except (InputError, RewardError) as error:
+    except (InputError, RewardError, RolloutError) as error:
         print(f"fastppo: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RewardError) else 2) from error
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from error
     except KeyboardInterrupt as error:
         print("fastppo: interrupted", file=sys.stderr)
         raise SystemExit(130) from error

@@ -58,6 +58,9 @@ class RewardConfig:
     """Seconds until one call of a function or an endpoint has failed."""
     retries: int = 3
     """Further tries of an endpoint after a failure; the wait doubles from 0.5 s."""
+    early: bool = False
+    """Score responses as they end, up to batch_size in a call, while others are sampled; for a function or an endpoint
+    that judges each response by itself."""
     trust_remote_code: bool = False
     """Run Python code that comes with a reward model's checkpoint."""
 
@@ -67,6 +70,10 @@ class RewardConfig:
         wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
         require(re.match(form, self.target) is not None, wrong)
         require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
+        require(
+            not self.early or self.kind != "model",
+            "rewards.early is for kind 'function' and 'http': a reward model would compete with the sampler",
+        )
         require_positive("rewards", self, "batch_size", "timeout_s")
         require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
 

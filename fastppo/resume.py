@@ -26,6 +26,8 @@ PORTION_KEYS = {  # what a run that went out of memory may change: results then 
 FREE_KEYS = {  # what else may differ between a run and its continuation
     *("out", "device", "train.eval_every", "train.eval_prompts_max", "train.save_every", "train.keep_last"),
     "train.loggers",
+    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
+    "rollout.gap_stop",
 }
 
 
@@ -58,6 +60,9 @@ def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
         differ = refuse_another_run(found.numbers["config"], config, f"the checkpoint {str(found.path)!r}")
         if portions := ", ".join(sorted(PORTION_KEYS.intersection(differ))):
             print(f"resume: {portions} changed: not bit for bit", flush=True)
+    if found is not None and config.rollout.engine == "vllm":
+        ahead = ", and the first rollout comes from the policy as it is" if config.rollout.one_step_off else ""
+        print(f"resume: vLLM's batches differ in rounding{ahead}: not bit for bit", flush=True)
     print(f"resume: {_described(found, config)}", flush=True)
     return found
 
@@ -79,7 +84,7 @@ def mark(run: Run, step: int) -> None:
         "config": to_dict(run.config),
         "versions": _versions(),
         "engine": run.engine.state(),
-        "prompts": {"position": run.prompts.position, "fingerprint": run.prompts.fingerprint},
+        "prompts": {"position": run.rollouts.position, "fingerprint": run.prompts.fingerprint},
         "rng": distributed.gather(rng),
     }
 

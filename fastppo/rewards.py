@@ -4,6 +4,7 @@ Each reward maps samples to numbers; `WeightedRewards` checks them, adds them up
 score that is not a finite number is an error that names the sample: nothing is replaced in silence.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import models
 from fastppo.aggregate import sequence_sums
-from fastppo.batch import Rollout, Sample, cumulative
+from fastppo.batch import Prompts, Rollout, Sample, cumulative
 from fastppo.checks import require
 from fastppo.config import DataConfig, RewardConfig
 from fastppo.data import Messages, to_messages
+from fastppo.early_scores import EarlyScores
 from fastppo.endpoints import FunctionReward, HTTPReward, RewardError
 from fastppo.microbatch import microbatches
 from fastppo.protocols import Reward
@@ -123,6 +125,7 @@ class WeightedRewards:
         rewards: what scores the samples.
         weights: one per reward; default 1.
         tokenizer: turns ids into the text that rewards see; None: the text is empty.
+        early: names of those that score responses as they end, each with the most samples of one call.
     """
 
     def __init__(
@@ -131,17 +134,26 @@ class WeightedRewards:
         *,
         weights: Sequence[float] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        early: Mapping[str, int] | None = None,
     ) -> None:
         self.rewards = list(rewards)
         self.weights = [1.0] * len(self.rewards) if weights is None else list(weights)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.early = tokenizer, dict(early or {})
         names = [r.name for r in self.rewards]
+        require(self.early.keys() <= {*names}, f"early rewards must be among {names}, got {sorted(self.early)}")
         require(len(self.rewards) > 0, "at least one reward is needed, got none")
         require(len(self.weights) == len(names), f"got {len(self.weights)} weights for {len(names)} rewards")
         require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """
+    def listen(self, prompts: Prompts, samples_per_prompt: int) -> EarlyScores | None:
+        """The `on_finish` of a rollout, to be given back with it; None: no reward is early."""
+        chosen = {r.name: (r, self.early[r.name]) for r in self.rewards if r.name in self.early}
+        to_sample = functools.partial(_only_sample, tokenizer=self.tokenizer)
+        return EarlyScores(prompts, samples_per_prompt, chosen, to_sample) if chosen else None
+
+    def __call__(self, rollout: Rollout, early: EarlyScores | None = None) -> Scores:
+        """`early`: what heard of these responses as they ended.
+
         Raises:
             RewardError: a reward failed, or returned NaN, infinity or the wrong number of scores.
         """
@@ -150,7 +162,8 @@ class WeightedRewards:
         tokens = torch.zeros(int(rollout.loss_mask.sum()), device=device)
         any_tokens, parts = False, {}
         for reward, weight in zip(self.rewards, self.weights, strict=True):
-            per_sequence, per_token = check_scores(reward(samples), rollout, reward.name)
+            scores = reward(samples) if early is None else early.scores(reward, samples)
+            per_sequence, per_token = check_scores(scores, rollout, reward.name)
             per_sequence = parts[reward.name] = per_sequence.to(device)
             if per_token is None:
                 sequences += weight * per_sequence
@@ -168,7 +181,8 @@ def load_rewards(
 ) -> WeightedRewards:
     """Build what a run file's [[rewards]] tables describe; `data`: which prompts are chats."""
     rewards = [_load(c, policy_tokenizer, device, data) for c in configs]
-    return WeightedRewards(rewards, weights=[c.weight for c in configs], tokenizer=policy_tokenizer)
+    early = {c.log_name: c.batch_size for c in configs if c.early}
+    return WeightedRewards(rewards, weights=[c.weight for c in configs], tokenizer=policy_tokenizer, early=early)
 
 
 def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> list[Sample]:
@@ -181,6 +195,10 @@ def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> l
             prompts, responses, pairs, rollout.finish_reasons, rollout.records, strict=True
         )
     ]
+
+
+def _only_sample(rollout: Rollout, *, tokenizer: PreTrainedTokenizerBase | None) -> Sample:
+    return to_samples(rollout, tokenizer)[0]
 
 
 def check_scores(scores: Any, rollout: Rollout, name: str) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from fastppo.data import PromptSource, load_prompts
 from fastppo.engine import PPOEngine
 from fastppo.metrics import Metrics, require_loggers, rewind
 from fastppo.rewards import WeightedRewards, load_rewards
+from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
 
 
@@ -31,6 +32,7 @@ class Run:
     engine: PPOEngine
     rewards: WeightedRewards
     prompts: PromptSource
+    rollouts: RolloutSource
     eval_prompts: Prompts | None
     tokenizer: PreTrainedTokenizerBase
     folder: Path
@@ -40,7 +42,8 @@ class Run:
     boundary: dict[str, Any] | None = None  # the small state as the last iteration left it; None inside an update
 
     def close(self) -> None:
-        """Close what writes to the run folder, and unlock it."""
+        """End what still samples, close what writes to the run folder, and unlock it."""
+        self.rollouts.close()
         self.metrics.close()
         if self.lock is not None:
             self.lock.close()
@@ -91,7 +94,8 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
         checkpoint.set_aside(folder / "checkpoints", kept)
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config), kept)
-    return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, lock)
+    rollouts = RolloutSource(engine, source, rewards, config.train.total_steps, ahead=config.rollout.one_step_off)
+    return Run(config, engine, rewards, source, rollouts, held_out, tokenizer, folder, metrics, lock)
 
 
 def _seed(seed: int) -> None:

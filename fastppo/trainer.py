@@ -47,11 +47,10 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
                 show.phase("evaluation")
                 evaluate(run, step - 1)
             timer = PhaseTimer(show.phase)
-            prompts = next(run.prompts)
             with timer("rollout"):
-                rollout = run.engine.generate(prompts)
+                rollout, early = next(run.rollouts)
             with timer("reward"):
-                scores = run.rewards(rollout)
+                scores = run.rewards(rollout, early)
             with timer("score"):
                 experience = run.engine.score(rollout, scores)
             run.boundary = None
@@ -110,7 +109,7 @@ def write_samples(run: Run, step: int, rollout: Rollout, scores: Scores) -> None
 
 def log(run: Run, step: int, stats: dict[str, float], rollout: Rollout, timer: PhaseTimer) -> None:
     """One line of metrics per iteration."""
-    stats |= timer.seconds
+    stats |= timer.seconds | run.rollouts.metrics
     tokens = distributed.sum_over_ranks(torch.tensor(len(rollout.input_ids)))
     stats["perf/tokens_per_second"] = float(tokens) / timer.total()
     stats["episode"] = float(step * len(rollout) * distributed.world_size())

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastppo import distributed, models
+from fastppo import distributed, models, probe
 from fastppo.aggregate import loss_weights
 from fastppo.batch import Experience
+from fastppo.checks import RolloutError
 from fastppo.config import PPOConfig
 from fastppo.microbatch import MicroBatch, microbatches
 from fastppo.optimizer import Trainable
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
-EXACT_GAP = 1e-3  # nats, mean over the tokens of a minibatch; rounding gives 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Objective:
     loss_divisor: float
     train_policy: bool
     on_policy: bool  # the policy is still the one whose log-probs the experience holds
+    gap_limit: float | None = None  # of the sampler's log-probs in the first minibatch; None: `score` has measured them
 
 
 @dataclass
@@ -57,8 +58,10 @@ def update(
                 continue  # no action trains: a step would only follow Adam's momentum
             if objective.train_policy and drift is None:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
-                stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh)
-                _check_gap(policy, stats, experience)
+                measures = objective.gap_limit is not None and not policy_stats
+                stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh, measures)
+                if measures:
+                    _check_gap(policy, stats, experience, objective)
                 if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
                     drift = kl
                     policy.zero_grad()
@@ -76,16 +79,15 @@ def update(
     return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
 
 
-def _check_gap(policy: Trainable, stats: Stats, experience: Experience) -> None:
-    """Sampler and trainer run one module, so their log-probs differ by rounding, or something is broken (P6)."""
-    if "gap_sum" in stats and experience.rollout.exact and (gap := _mean(stats, "gap_sum")) > EXACT_GAP:
+def _check_gap(policy: Trainable, stats: Stats, experience: Experience, objective: Objective) -> None:
+    """The first forward is also a probe of the sampler, before anything is trained on what it drew (P6)."""
+    assert objective.gap_limit is not None
+    gap = probe.Gap(_mean(stats, "gap_sum"), float(stats["gap_max"]))
+    try:
+        probe.require_close(gap, objective.gap_limit, exact=experience.rollout.exact)
+    except RolloutError:
         policy.zero_grad()
-        raise RuntimeError(
-            f"the sampler's log-probs are {gap:.3g} nats a token off the trainer's (largest gap "
-            f"{float(stats['gap_max']):.3g}), although both run one float32 module (legal: {EXACT_GAP}): it decodes "
-            "with a cache differently from how it is trained, products are in TF32 or under autocast, or a router is "
-            "near a tie. Nothing was updated; rollout.old_logprobs = 'recompute' with ppo.importance_cap corrects it"
-        )
+        raise
 
 
 def _minibatches(
@@ -110,7 +112,7 @@ def _minibatches(
 
 def _policy_gradient(
     model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
-    fresh: bool,
+    fresh: bool, measures: bool,
 ) -> Stats:  # fmt: skip
     """Accumulate the gradient of the policy loss over the micro-batches; the loss is sum_i weights_i * l_i."""
     head = models.lm_head(model)
@@ -135,7 +137,7 @@ def _policy_gradient(
             old_kl_coef=objective.old_kl_coef,
             entropy_coef=config.entropy_coef,
             is_weights=_take(experience.is_weights, batch),
-            sampler_logprobs=_take(experience.rollout.logprobs, batch) if fresh else None,
+            sampler_logprobs=_take(experience.rollout.logprobs, batch) if measures else None,
         )
         loss.backward()
         parts.append(stats)

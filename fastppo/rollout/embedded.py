@@ -5,7 +5,6 @@ still run: a row that ends gives its place to the last one, and free places to r
 """
 
 import bisect
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,9 @@ from fastppo import models
 from fastppo.attention import plan
 from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import require
+from fastppo.protocols import OnFinish
 from fastppo.rollout.kv import Decode, KVRows, Prefill
+from fastppo.rollout.seeds import request_seeds
 from fastppo_kernels import linear, sample
 
 REFILL_AT = 8  # let requests in when 1 place in 8 is free: a prefill of its own for each would cost more
@@ -61,8 +62,8 @@ class EmbeddedEngine:
         self.version = version
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
-        """Draw `samples_per_prompt` responses to each prompt, in order.
+    def generate(self, prompts: Prompts, sampling: Sampling, on_finish: OnFinish | None = None) -> Rollout:
+        """Draw `samples_per_prompt` responses to each prompt, in order; `on_finish` hears of each as it ends.
 
         What a request draws follows from the seed, its prompt and which of its samples it is: the number of rows and
         the order of the prompts change nothing but rounding.
@@ -83,6 +84,7 @@ class EmbeddedEngine:
         rows = min(self._rows_that_fit(num_positions), len(prompts) * n)
         with _eval_mode(self.policy):
             job = _Job(self.policy, prompts, sampling, self.eos_token_ids, seed, KVRows(rows, num_positions))
+            job.on_finish = on_finish
             job.run()
         tokens, logprobs, reasons = job.results()
         return Rollout.pack(
@@ -135,6 +137,7 @@ class _Job:
         self.request, self.last, self.position = torch.zeros(3, kv.num_rows, dtype=torch.int64, device=device)
         self.ends: list[int] = []
         self.next = 0
+        self.on_finish: OnFinish | None = None
 
     @property
     def live(self) -> int:
@@ -229,7 +232,16 @@ class _Job:
         self.last[rows] = token
         self.stopped[request] = stopped = torch.isin(token, self.stops) | self._ends_a_sequence(request, count)
         ended = (stopped | (count + 1 == self.limits[request])).nonzero().squeeze(1)
-        self._release([rows.start + i for i in ended.tolist()])
+        rows_ended = [rows.start + i for i in ended.tolist()]
+        if self.on_finish is not None and rows_ended:
+            self._announce(rows_ended, self.on_finish)
+        self._release(rows_ended)
+
+    def _announce(self, rows: list[int], on_finish: OnFinish) -> None:
+        request = self.request[torch.tensor(rows, device=self.request.device)]
+        state = (request, self.lengths[request], self.stopped[request], self.tokens[request])
+        for place, length, stopped, tokens in zip(*(x.tolist() for x in state), strict=True):
+            on_finish(place, tokens[:length], "stop" if stopped else "length")
 
     def _ends_a_sequence(self, request: Tensor, count: Tensor) -> Tensor:
         """Whether the last tokens of a response are one of the stop sequences."""
@@ -258,15 +270,11 @@ class _Job:
 
 
 def _uniforms(prompts: Prompts, samples_per_prompt: int, count: int, seed: int) -> Tensor:
-    """(requests, count) float32 in [0, 1): the numbers of a request follow from the seed, its prompt and its rank
-    among the samples of that prompt, also where the prompt occurs twice."""
-    generator, seen, rows = torch.Generator(), dict[tuple[int, ...], int](), []
-    for ids in prompts.token_ids:
-        for _ in range(samples_per_prompt):
-            seen[ids] = seen.get(ids, 0) + 1
-            digest = hashlib.blake2b(repr((seed, seen[ids], ids)).encode(), digest_size=8).digest()
-            generator.manual_seed(int.from_bytes(digest) >> 1)
-            rows.append(torch.rand(count, generator=generator))
+    """(requests, count) float32 in [0, 1)."""
+    generator, rows = torch.Generator(), []
+    for number in request_seeds(prompts, samples_per_prompt, seed):
+        generator.manual_seed(number)
+        rows.append(torch.rand(count, generator=generator))
     return torch.stack(rows)
 
 
