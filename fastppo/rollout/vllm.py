@@ -26,6 +26,7 @@ from fastppo.rollout.vllm_server import CONTROL_S, Failed, Server, Unreachable
 from fastppo.rollout.weights import PublishedWeights
 
 POLL_S = 1.0  # between looks for a server that is to come back
+BACKOFF_S = 0.5  # after the first failure of a request, doubled after each
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class VLLMEngine:
                 server.down |= isinstance(error, Unreachable)
                 if attempt == self.config.retries or self._stopped.is_set():
                     raise RolloutError(f"a request failed {attempt + 1} times; the last time: {error}") from error
-                self._stopped.wait(0.5 * 2**attempt)
+                self._stopped.wait(BACKOFF_S * 2**attempt)
         raise AssertionError("unreachable")
 
     def _bring(self, server: Server) -> None:
@@ -249,7 +250,7 @@ class VLLMEngine:
                     server.call("/wake_up")
                 self._bring(server)
             except (Unreachable, Failed) as error:
-                server.down = True
+                server.down = isinstance(error, Unreachable)
                 print(f"rollout: {error}", flush=True)
                 continue
             require(

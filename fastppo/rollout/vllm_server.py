@@ -18,7 +18,7 @@ from fastppo.checks import RolloutError
 
 BUSY = (408, 425, 429)  # HTTP 4xx that may pass
 CONTROL_S = 10.0  # of a question that a server answers without work
-CACHE_TRIES = 20  # blocks of a request that just ended are let go of within moments
+CACHE_TRIES = 20  # 0.1 s apart: blocks of a request that just ended are let go of within moments
 
 
 class Unreachable(ConnectionError):
@@ -106,9 +106,10 @@ class Server:
             self.call("/finish_weight_update", {})
             self.call("/start_weight_update")
         self.call("/update_weights", {"update_info": {"folder": str(folder)}})
-        self.call("/finish_weight_update", {"weight_version": version})
+        self.call("/finish_weight_update", {"weight_version": "between two versions"})
         self._forget_keys()
         self.call("/resume")
+        self.call("/update_weight_version", {"new_version": version})  # last: it vouches for all of the above
 
     def _forget_keys(self) -> None:
         """Keys and values of the old weights must not serve the new ones."""
