@@ -17,8 +17,9 @@ from fastppo.advantages import KLController, PenaltyController, RunningMoments
 from fastppo.aggregate import sequence_index
 from fastppo.batch import Experience, Prompts, Rollout, Sampling, cumulative
 from fastppo.checks import require
-from fastppo.config import OptimizerConfig, PPOConfig, RolloutConfig
+from fastppo.config import GROUPED, OptimizerConfig, PPOConfig, RolloutConfig
 from fastppo.experience_metrics import experience_metrics
+from fastppo.left_out import only_scored
 from fastppo.optimizer import Trainable, make_trainable
 from fastppo.probe import Gap, Limits
 from fastppo.protocols import OnFinish, RolloutEngine, SampleScores
@@ -126,13 +127,17 @@ class PPOEngine:
         Raises:
             ValueError: the rollout was drawn from another distribution than the one that is trained, or has token ids
                 that the policy does not know.
-            RewardError: scores are not finite numbers, one per sequence or response token.
+            RewardError: scores are not finite numbers, one per sequence or response token, or samples without one
+                (`Scores.missing`) leave fewer than ppo.num_minibatches.
             RolloutError: the sampler's log-probs are too far from the policy's (`rollout.gap_stop`).
         """
         rollout = rollout.to(self.policy.device)
         score.check_fits(rollout, self.policy)
         score.check_on_distribution(rollout, self.config)
         scores = scores if isinstance(scores, Scores) else _as_scores(scores, rollout)
+        rollout, scores = only_scored(
+            rollout, scores, at_least=self.ppo.num_minibatches, grouped=self.ppo.advantage in GROUPED
+        )
         cu_seqlens = cumulative(rollout.action_counts)
         logprobs = self._old_logprobs(rollout)
         gap = probe.of_rollout(logprobs, rollout, self.version, self._gap_limits)
@@ -142,10 +147,10 @@ class PPOEngine:
         shaped, token_scores = advantages.shape_scores(
             scores.sequences, scores.tokens, rollout.truncated, cu_seqlens, self.ppo, self.moments
         )
-        token_rewards = advantages.shape_rewards(
-            shaped, token_scores, logprobs, ref_logprobs, cu_seqlens, self.kl.coef, self.ppo
-        )
         mask = self._loss_mask(rollout, cu_seqlens)
+        token_rewards = advantages.shape_rewards(
+            shaped, token_scores, logprobs, ref_logprobs, cu_seqlens, self.kl.coef, mask, self.ppo
+        )
         advantage, returns = advantages.estimate(
             token_rewards, values, last_values, cu_seqlens, rollout.group_ids, rollout.truncated, mask, self.ppo
         )
@@ -186,9 +191,11 @@ class PPOEngine:
             on_policy=on_policy,
             gap_limit=probe.limit_of_update(experience, self.version, self._gap_limits),
         )
+        for _, role in self._roles():
+            role.fault = ""
         metrics = dict(experience.metrics)
         metrics |= update.update(self._policy, self._critic, experience, self.ppo, objective, self.generator)
-        self._after_update(metrics, len(experience) * distributed.world_size())  # ranks hold equally many
+        self._after_update(metrics, int(distributed.sum_over_ranks(torch.tensor(len(experience)))))
         return metrics
 
     @property
@@ -196,15 +203,21 @@ class PPOEngine:
         """PPO iterations so far, those that only trained the critic included."""
         return self._policy.iteration
 
-    def save(self, path: str | Path) -> None:
-        """Write `policy/` and `critic/`, each loadable by the AutoModel classes, with the tokenizer."""
-        models.save(self.policy, Path(path) / "policy", self.tokenizer)
-        if self.critic is not None:
-            models.save(self.critic, Path(path) / "critic", self.tokenizer)
+    def save(self, path: str | Path, weights: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Write `policy/` and `critic/`, each loadable by the AutoModel classes, with the tokenizer.
+
+        `weights`: a copy of what `weights()` returns, to be written instead of the weights as they are now.
+        """
+        for name, role in self._roles():
+            models.save(role.model, Path(path) / name, self.tokenizer, None if weights is None else weights[name])
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The state dict of each model that learns, not copied."""
+        return {name: role.model.state_dict() for name, role in self._roles()}
 
     def state(self) -> dict[str, Any]:
         """What changes as the engine trains, beside weights and generator; JSON."""
-        roles = {name: [role.iteration, role.skipped] for name, role in self._roles()}
+        roles = {name: [role.iteration, role.skipped, role.skipped_in_a_row] for name, role in self._roles()}
         coefs = {"kl_coef": self.kl.coef, "old_kl_coef": self.penalty.coef}
         return {"version": self.version, "roles": roles, "moments": dataclasses.asdict(self.moments), **coefs}
 
@@ -221,17 +234,31 @@ class PPOEngine:
         Raises:
             ValueError: they are of another model.
         """
-        roles = dict(self._roles())
-        for name, group in itertools.groupby(tensors, lambda item: item[0].partition("/")[0]):
-            require(name in roles, f"the checkpoint has a {name}, this run has none")
-            roles[name].load((key.partition("/")[2], x) for key, x in group)
-        for name, role in roles.items():
+        self._load_tensors(tensors)
+        for name, role in self._roles():
             require(name in state["roles"], f"the checkpoint has no {name}, this run has one")
-            role.iteration, role.skipped = state["roles"][name]
+            role.iteration, role.skipped, role.skipped_in_a_row = state["roles"][name]
             role.set_rate()
         self.version, self.moments = state["version"], RunningMoments(**state["moments"])
         self.kl.coef, self.penalty.coef = state["kl_coef"], state["old_kl_coef"]
         self.rollout_engine.sync_weights(self.policy, self.version)
+
+    def roll_back(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over weights and optimizer moments alone, as `load` takes them; counters and controllers go on."""
+        self._load_tensors(tensors)
+        self.rollout_engine.sync_weights(self.policy, self.version)
+
+    def _load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        roles = dict(self._roles())
+        for name, group in itertools.groupby(tensors, lambda item: item[0].partition("/")[0]):
+            require(name in roles, f"the checkpoint has a {name}, this run has none")
+            roles[name].load((key.partition("/")[2], x) for key, x in group)
+        for role in roles.values():
+            role.skipped_in_a_row = 0
+
+    def skipped(self) -> dict[str, tuple[int, str]]:
+        """Of each role that skipped a step in the last update: how many in a row by now, and why the last one."""
+        return {name: (role.skipped_in_a_row, role.fault) for name, role in self._roles() if role.fault}
 
     def _roles(self) -> list[tuple[str, Trainable]]:
         """The models that learn, in alphabetical order, as checkpoints have them."""

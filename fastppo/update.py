@@ -46,7 +46,7 @@ def update(
     policy: Trainable, critic: Trainable | None, experience: Experience, config: PPOConfig, objective: Objective,
     generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve policy and critic on one batch of experience; returns the metrics of the update."""
+    """Improve policy and critic on one batch of experience; returns the metrics of the steps that were taken."""
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
@@ -68,12 +68,17 @@ def update(
                     if before:
                         policy.restore(before)
                 else:
-                    policy_stats.append(stats)
                     before = policy.snapshot() if config.roll_back else []
-                    norms["policy"].append(policy.step())
+                    norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
+                    if norm < math.inf:  # else the step was skipped
+                        policy_stats.append(stats)
+                        norms["policy"].append(norm)
             if critic is not None:
-                value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
-                norms["critic"].append(critic.step())
+                stats = _value_gradient(critic.model, experience, minibatch, config)
+                norm = critic.step(stats["value_loss_sum"])
+                if norm < math.inf:
+                    value_stats.append(stats)
+                    norms["critic"].append(norm)
     metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms["policy"]))}
     metrics |= {} if drift is None else {"policy/kl_at_stop": drift}
     return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
@@ -214,6 +219,4 @@ def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
 
 
 def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
-    """Means over the steps that were taken; a skipped one has no finite norm."""
-    taken = {role: [x for x in values if math.isfinite(x)] for role, values in norms.items()}
-    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in taken.items() if values}
+    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}
