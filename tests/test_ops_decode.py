@@ -113,10 +113,13 @@ def test_large_scores_neither_overflow_nor_hide_each_other(backend: str) -> None
     assert_as_accurate("out", p.run(backend=backend), p.truth(torch.float32), p.truth(torch.float64))
 
 
-def test_the_new_keys_and_values_are_in_memory_afterwards_and_nothing_else_changed(backend: str) -> None:
-    p = problem([0, 5, 70], 4, 2, 16)
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_new_keys_and_values_are_in_memory_afterwards_and_nothing_else_changed(
+    backend: str, window: int | None
+) -> None:
+    p = problem([0, 5, gpu.CHUNK + 70], 4, 2, 16)
     keys, values = p.keys.clone(), p.values.clone()
-    decode_attention(p.q, p.k, p.v, keys, values, p.positions, backend=backend)
+    decode_attention(p.q, p.k, p.v, keys, values, p.positions, window=window, backend=backend)
     for memory, before, new in ((keys, p.keys, p.k), (values, p.values, p.v)):
         expected = before.clone()
         expected[torch.arange(3), :, p.positions] = new
