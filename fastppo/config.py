@@ -50,6 +50,11 @@ class RolloutConfig:
     kv_gib: float | None = None
     """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of
     what is free, on a CPU no limit."""
+    cuda_graphs: bool = True
+    """On a GPU, the embedded engine replays its decode steps as CUDA graphs; False: it launches them one by one."""
+    keep_memory: bool = False
+    """The embedded engine keeps the memory of keys and values, and its graphs, for the next rollout: quicker, but the
+    update has that much less."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""

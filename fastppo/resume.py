@@ -33,7 +33,7 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
     *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
     *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
-    "rollout.gap_stop",
+    *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
 
 
