@@ -2,9 +2,9 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from fastppo.checks import require
 from fastppo.config import OptimizerConfig, PPOConfig, RolloutConfig
 from fastppo.experience_metrics import experience_metrics
 from fastppo.optimizer import Trainable, make_trainable
+from fastppo.out_of_memory import Portion
 from fastppo.protocols import RolloutEngine, SampleScores
 from fastppo.rewards import Scores
 from fastppo.rollout import ENGINES
+
+T = TypeVar("T")
 
 
 class PPOEngine:
@@ -59,6 +62,8 @@ class PPOEngine:
         self.moments = RunningMoments()
         self.kl = KLController(self.ppo.kl_coef, self.ppo.kl_target, self.ppo.kl_horizon)
         self.penalty = PenaltyController(self.ppo.old_kl_coef, self.ppo.old_kl_target)
+        limit = self.ppo.max_tokens_per_microbatch
+        self.budget = Portion(limit, "tokens per micro-batch", "ppo.max_tokens_per_microbatch")
         self._policy = make_trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
         self._critic = (
             None
@@ -158,7 +163,9 @@ class PPOEngine:
             on_policy=on_policy,
         )
         metrics = dict(experience.metrics)
-        metrics |= update.update(self._policy, self._critic, experience, self.ppo, objective, self.generator)
+        metrics |= update.update(
+            self._policy, self._critic, experience, self.ppo, objective, self.generator, self.budget
+        )
         self._after_update(metrics, len(experience) * distributed.world_size())  # ranks hold equally many
         return metrics
 
@@ -204,6 +211,12 @@ class PPOEngine:
         self.kl.coef, self.penalty.coef = state["kl_coef"], state["old_kl_coef"]
         self.rollout_engine.sync_weights(self.policy, self.version)
 
+    def _portions(self) -> dict[str, float]:
+        """What is left of micro-batches and rows where memory ran out; nothing in a run where it never did."""
+        rows: Portion | None = getattr(self.rollout_engine, "rows", None)
+        named = {"memory/max_tokens_per_microbatch": self.budget, "memory/max_rows": rows}
+        return {name: float(x.size) for name, x in named.items() if x is not None and x.failures}
+
     def _roles(self) -> list[tuple[str, Trainable]]:
         """The models that learn, in alphabetical order, as checkpoints have them."""
         return (
@@ -234,12 +247,17 @@ class PPOEngine:
         return logprobs, (logprobs - rollout.logprobs).clamp(-20, 20).exp().clamp(max=cap)
 
     def _logprobs(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
-        return score.action_logprobs(
-            model, rollout, temperature=self.config.temperature, max_tokens=self.ppo.max_tokens_per_microbatch
+        temperature = self.config.temperature
+        return self._scored(
+            rollout, lambda n: score.action_logprobs(model, rollout, temperature=temperature, max_tokens=n)
         )
 
     def _values(self, critic: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return score.state_values(critic, rollout, max_tokens=self.ppo.max_tokens_per_microbatch)
+        return self._scored(rollout, lambda n: score.state_values(critic, rollout, max_tokens=n))
+
+    def _scored(self, rollout: Rollout, attempt: Callable[[int], T]) -> T:
+        longest, whole = int(rollout.cu_seqlens.diff().max()), len(rollout.input_ids)
+        return self.budget.run("scoring", attempt, smallest=longest, whole=whole)
 
     def _loss_mask(self, rollout: Rollout, cu_seqlens: Tensor) -> Tensor:
         keep = ~rollout.truncated if self.ppo.truncation == "mask" else torch.ones_like(rollout.truncated)
@@ -256,6 +274,7 @@ class PPOEngine:
             metrics[f"{name}/lr"] = role.rate
             metrics[f"{name}/skipped_steps"] = float(role.skipped)
             role.next_iteration()
+        metrics |= self._portions()
         self.version += 1
         self.rollout_engine.sync_weights(self.policy, self.version)
 

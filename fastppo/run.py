@@ -18,6 +18,7 @@ from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.data import PromptSource, load_prompts
 from fastppo.engine import PPOEngine
+from fastppo.memory import start as memory
 from fastppo.metrics import Metrics, require_loggers, rewind
 from fastppo.rewards import WeightedRewards, load_rewards
 from fastppo.run_file import to_dict
@@ -63,6 +64,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     )
     evals = config.data.eval_prompts
     held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
+    plan = memory.check_start(config, device, max(len(ids) for ids in source.prompts.token_ids))
     policy = models.to_device(models.load_policy(config.policy), device)
     size = models.lm_head(policy).weight.shape[0]
     require(
@@ -89,6 +91,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
         folder.mkdir(parents=True, exist_ok=True)
         rewind(folder, kept)
         checkpoint.set_aside(folder / "checkpoints", kept)
+        memory.write(plan, folder)
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config), kept)
     return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, lock)

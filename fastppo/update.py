@@ -1,12 +1,12 @@
 """The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fastppo import distributed, models
 from fastppo.aggregate import loss_weights
@@ -14,6 +14,7 @@ from fastppo.batch import Experience
 from fastppo.config import PPOConfig
 from fastppo.microbatch import MicroBatch, microbatches
 from fastppo.optimizer import Trainable
+from fastppo.out_of_memory import Portion
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
@@ -43,9 +44,13 @@ class Minibatch:
 
 def update(
     policy: Trainable, critic: Trainable | None, experience: Experience, config: PPOConfig, objective: Objective,
-    generator: torch.Generator,
+    generator: torch.Generator, budget: Portion,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve policy and critic on one batch of experience; returns the metrics of the update."""
+    """Improve policy and critic on one batch of experience; returns the metrics of the update.
+
+    `budget`: tokens per micro-batch. Where memory runs out, the gradient of the same minibatch is made again in smaller
+    micro-batches: no step has been taken by then, and no random number drawn.
+    """
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
@@ -57,7 +62,7 @@ def update(
                 continue  # no action trains: a step would only follow Adam's momentum
             if objective.train_policy and drift is None:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
-                stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh)
+                stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, budget)
                 _check_gap(policy, stats, experience)
                 if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
                     drift = kl
@@ -69,7 +74,7 @@ def update(
                     before = policy.snapshot() if config.roll_back else []
                     norms["policy"].append(policy.step())
             if critic is not None:
-                value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
+                value_stats.append(_value_gradient(critic, experience, minibatch, config, budget))
                 norms["critic"].append(critic.step())
     metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms["policy"]))}
     metrics |= {} if drift is None else {"policy/kl_at_stop": drift}
@@ -109,15 +114,15 @@ def _minibatches(
 
 
 def _policy_gradient(
-    model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
-    fresh: bool,
+    policy: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
+    fresh: bool, budget: Portion,
 ) -> Stats:  # fmt: skip
     """Accumulate the gradient of the policy loss over the micro-batches; the loss is sum_i weights_i * l_i."""
-    head = models.lm_head(model)
-    parts = []
-    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+    head = models.lm_head(policy.model)
+
+    def backward(batch: MicroBatch) -> Stats:
         loss, stats = linear_ppo_loss(
-            models.hidden_states(model, batch)[batch.rows],
+            models.hidden_states(policy.model, batch)[batch.rows],
             head.weight,
             batch.targets,
             None if fresh else _take(experience.logprobs, batch),
@@ -138,26 +143,45 @@ def _policy_gradient(
             sampler_logprobs=_take(experience.rollout.logprobs, batch) if fresh else None,
         )
         loss.backward()
-        parts.append(stats)
-    return distributed.reduce_stats(merge_stats(parts))
+        return stats
+
+    return _accumulated(policy, experience, minibatch, budget, backward)
 
 
-def _value_gradient(model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig) -> Stats:
-    assert experience.values is not None and experience.returns is not None
-    head = models.value_head(model)
-    parts = []
-    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+def _value_gradient(
+    critic: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, budget: Portion
+) -> Stats:
+    values, returns = experience.values, experience.returns
+    assert values is not None and returns is not None
+    head = models.value_head(critic.model)
+
+    def backward(batch: MicroBatch) -> Stats:
         loss, stats = linear_value_loss(
-            models.hidden_states(model, batch)[batch.rows],
+            models.hidden_states(critic.model, batch)[batch.rows],
             head.weight[0],
             head.bias,
-            experience.values[batch.actions],
-            experience.returns[batch.actions],
+            values[batch.actions],
+            returns[batch.actions],
             minibatch.weights[batch.actions],
             clip=config.value_clip,
         )
         (config.value_coef * loss).backward()
-        parts.append(stats)
+        return stats
+
+    return _accumulated(critic, experience, minibatch, budget, backward)
+
+
+def _accumulated(
+    role: Trainable, experience: Experience, minibatch: Minibatch, budget: Portion,
+    backward: Callable[[MicroBatch], Stats],
+) -> Stats:  # fmt: skip
+    """The statistics of a minibatch, `backward` having been through its micro-batches, on every rank."""
+    lengths = experience.rollout.cu_seqlens.diff()[minibatch.sequences].tolist()
+
+    def attempt(max_tokens: int) -> list[Stats]:
+        return [backward(batch) for batch in microbatches(experience.rollout, max_tokens, minibatch.sequences)]
+
+    parts = budget.run("the update", attempt, smallest=max(lengths), whole=sum(lengths), undo=role.zero_grad)
     return distributed.reduce_stats(merge_stats(parts))
 
 

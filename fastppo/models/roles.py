@@ -74,7 +74,7 @@ def load_critic(
 ) -> PreTrainedModel:
     """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
     config = read_config(path, trust_remote_code)
-    cls = _critic_class(config)
+    cls = critic_class(config)
     saved = any(name.endswith(cls.__name__.removeprefix("AutoModel")) for name in config.architectures or [])
     model, info = read(cls, path, trust_remote_code=trust_remote_code, num_labels=1)
     refuse_damaged(path, model, info, () if saved else HEADS)
@@ -92,7 +92,7 @@ def critic_from(
 
     The value head is float32: zero for a policy (V = 0 before the first update), the reward head for a reward model.
     """
-    critic = _with_body_of(model, _critic_class(model.config))
+    critic = _with_body_of(model, critic_class(model.config))
     head = _zero(value_head(critic).float())
     if label is not None:
         with torch.no_grad():
@@ -111,7 +111,7 @@ def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
     return prepare(reward, False)
 
 
-def _critic_class(config: PreTrainedConfig) -> Any:
+def critic_class(config: PreTrainedConfig) -> Any:
     """A value per token is token classification with one label.
 
     Where transformers has no such class for an architecture, its sequence classifier holds the same body and head.

@@ -18,6 +18,7 @@ from fastppo import models
 from fastppo.attention import plan
 from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import require
+from fastppo.out_of_memory import Portion
 from fastppo.rollout.kv import Decode, KVRows, Prefill
 from fastppo_kernels import linear, sample
 
@@ -32,7 +33,7 @@ class EmbeddedEngine:
     Args:
         policy: the module that is trained; its train/eval mode is left as found.
         eos_token_ids: tokens that end a response, kept as its last token.
-        max_rows: sequences decoded at a time.
+        max_rows: sequences decoded at a time; half of that from when memory runs out on, and the call is redone.
         kv_bytes: memory for their keys and values; fewer are decoded at a time where `max_rows` do not fit. None: on a
             GPU half of what is free, on a CPU no limit.
         seed: of the engine's own generator; the global one is not touched.
@@ -49,7 +50,7 @@ class EmbeddedEngine:
     ) -> None:
         self.policy = policy
         self.eos_token_ids = tuple(eos_token_ids)
-        self.max_rows, self.kv_bytes = max_rows, kv_bytes
+        self.rows, self.kv_bytes = Portion(max_rows, "rows", "rollout.max_rows"), kv_bytes
         self.generator = torch.Generator().manual_seed(seed)
         self.version = 0
 
@@ -81,10 +82,15 @@ class EmbeddedEngine:
         if seed is None:
             seed = int(torch.randint(1 << 62, (), generator=self.generator))
         rows = min(self._rows_that_fit(num_positions), len(prompts) * n)
-        with _eval_mode(self.policy):
-            job = _Job(self.policy, prompts, sampling, self.eos_token_ids, seed, KVRows(rows, num_positions))
+
+        def attempt(max_rows: int) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
+            kv = KVRows(min(rows, max_rows), num_positions)
+            job = _Job(self.policy, prompts, sampling, self.eos_token_ids, seed, kv)
             job.run()
-        tokens, logprobs, reasons = job.results()
+            return job.results()
+
+        with _eval_mode(self.policy):
+            tokens, logprobs, reasons = self.rows.run("the rollout", attempt, smallest=1, whole=rows)
         return Rollout.pack(
             [p for p in prompts.token_ids for _ in range(n)],
             tokens,
@@ -101,16 +107,16 @@ class EmbeddedEngine:
     def _rows_that_fit(self, num_positions: int) -> int:
         budget = self.kv_bytes
         if budget is None and self.policy.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.policy.device)[0] // 2
+            budget = _free(self.policy.device) // 2
         if budget is None:
-            return self.max_rows
+            return self.rows.size
         row = num_positions * models.kv_bytes_per_token(self.policy)
         require(
             budget >= row,
             f"the keys and values of one sequence of {num_positions} tokens take {row / 2**30:.3g} GiB, more than the "
             f"{budget / 2**30:.3g} GiB there are: raise rollout.kv_gib, or lower max_new_tokens or the prompts' length",
         )
-        return min(self.max_rows, budget // row)
+        return min(self.rows.size, budget // row)
 
 
 class _Job:
@@ -268,6 +274,12 @@ def _uniforms(prompts: Prompts, samples_per_prompt: int, count: int, seed: int) 
             generator.manual_seed(int.from_bytes(digest) >> 1)
             rows.append(torch.rand(count, generator=generator))
     return torch.stack(rows)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: what the driver has, and what torch's allocator keeps without using it."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 @contextmanager
