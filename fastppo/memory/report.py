@@ -23,13 +23,13 @@ def show(plan: Plan, ways: list[Way]) -> None:
     console = Console()
     console.print(_table(plan))
     for phase in plan.phases:
-        console.print(f"{phase.name:>8} {_bar(phase, plan)}", highlight=False, markup=False)
-    console.print(f"{'':>8} {_legend(plan)}", highlight=False, markup=False)
-    console.print(verdict(plan), highlight=False, markup=False)
+        console.print(f"{phase.name:>8} {_bar(phase, plan)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{'':>8} {_legend(plan)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(verdict(plan), highlight=False, markup=False, soft_wrap=True)
     for i, way in enumerate(ways, 1):
         keys = " ".join(f"--{key.replace('_', '-')} {str(value)}" for key, value in way.keys.items())
         needs = f"needs {gib(way.plan.needed)}"
-        console.print(f"  {i}. {keys}  ({needs}; {way.cost})", highlight=False, markup=False)
+        console.print(f"  {i}. {keys}  ({needs}; {way.cost})", highlight=False, markup=False, soft_wrap=True)
 
 
 def verdict(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fastppo.config import RunConfig
-from fastppo.memory.plan import Plan, Setting, make_plan, resident
+from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan, resident
 from fastppo.memory.setting import setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
@@ -96,7 +96,8 @@ def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | N
     work, budget = plan.setting.work, plan.budget
     setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
     setting = replace(setting, work=replace(setting.work, sequences=work.sequences, minibatch=work.minibatch))
-    if sum(part.total() for part in resident(setting)) > (budget or 0) or not make_plan(least(setting), budget).fits:
+    certain = sum(part.total() for part in resident(setting)) + CONTEXT[setting.device.type]
+    if certain > (budget or 0) or not make_plan(least(setting), budget).fits:
         return None
     keys: dict[str, object] = {}
     tokens, rows = setting.work.max_tokens, min(setting.work.max_rows, work.sequences)
