@@ -43,7 +43,7 @@ CASES = (
 
 def shape(case: Case) -> Qwen2Config:
     """A Qwen2 of 3 layers."""
-    return Qwen2Config(
+    made = Qwen2Config(
         vocab_size=case.vocab_size,
         hidden_size=128,
         intermediate_size=352,
@@ -52,12 +52,13 @@ def shape(case: Case) -> Qwen2Config:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=case.tied,
-        num_labels=1,
         architectures=["Qwen2ForCausalLM"],
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
+    made.num_labels = 1
+    return made
 
 
 def config(case: Case, folder: Path) -> RunConfig:

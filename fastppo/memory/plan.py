@@ -109,7 +109,7 @@ class Plan:
 
 
 def make_plan(setting: Setting, budget: int | None = None) -> Plan:
-    """Dry runs of every phase; all but `load` are those of a later iteration, when the optimizers have their moments."""
+    """Dry runs of every phase; all but `load` are of a later iteration, when the optimizers have their moments."""
     loaded, moments = resident(setting)
     lasting = loaded + moments
     made = [Phase("load", loaded), Phase("rollout", lasting + _rollout(setting, lasting.total(), budget))]
