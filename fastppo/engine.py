@@ -4,9 +4,9 @@ import dataclasses
 import inspect
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from fastppo.config import GROUPED, OptimizerConfig, PPOConfig, RolloutConfig
 from fastppo.experience_metrics import experience_metrics
 from fastppo.left_out import only_scored
 from fastppo.optimizer import Trainable, make_trainable
+from fastppo.out_of_memory import Portion
 from fastppo.probe import Gap, Limits
 from fastppo.protocols import OnFinish, RolloutEngine, SampleScores
 from fastppo.rewards import Scores
 from fastppo.rollout import make_engine
+
+T = TypeVar("T")
 
 
 class PPOEngine:
@@ -63,6 +66,8 @@ class PPOEngine:
         self.moments = RunningMoments()
         self.kl = KLController(self.ppo.kl_coef, self.ppo.kl_target, self.ppo.kl_horizon)
         self.penalty = PenaltyController(self.ppo.old_kl_coef, self.ppo.old_kl_target)
+        limit = self.ppo.max_tokens_per_microbatch
+        self.budget = Portion(limit, "tokens per micro-batch", "ppo.max_tokens_per_microbatch")
         self._policy = make_trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
         self._critic = (
             None
@@ -194,7 +199,9 @@ class PPOEngine:
         for _, role in self._roles():
             role.fault = ""
         metrics = dict(experience.metrics)
-        metrics |= update.update(self._policy, self._critic, experience, self.ppo, objective, self.generator)
+        metrics |= update.update(
+            self._policy, self._critic, experience, self.ppo, objective, self.generator, self.budget
+        )
         self._after_update(metrics, int(distributed.sum_over_ranks(torch.tensor(len(experience)))))
         return metrics
 
@@ -260,6 +267,12 @@ class PPOEngine:
         """Of each role that skipped a step in the last update: how many in a row by now, and why the last one."""
         return {name: (role.skipped_in_a_row, role.fault) for name, role in self._roles() if role.fault}
 
+    def _portions(self) -> dict[str, float]:
+        """What is left of micro-batches and rows where memory ran out; nothing in a run where it never did."""
+        rows: Portion | None = getattr(self.rollout_engine, "rows", None)
+        named = {"memory/max_tokens_per_microbatch": self.budget, "memory/max_rows": rows}
+        return {name: float(x.size) for name, x in named.items() if x is not None and x.failures}
+
     def _roles(self) -> list[tuple[str, Trainable]]:
         """The models that learn, in alphabetical order, as checkpoints have them."""
         return (
@@ -291,12 +304,17 @@ class PPOEngine:
         return probe.limits(self.config, self.policy.dtype)
 
     def _logprobs(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
-        return score.action_logprobs(
-            model, rollout, temperature=self.config.temperature, max_tokens=self.ppo.max_tokens_per_microbatch
+        temperature = self.config.temperature
+        return self._scored(
+            rollout, lambda n: score.action_logprobs(model, rollout, temperature=temperature, max_tokens=n)
         )
 
     def _values(self, critic: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return score.state_values(critic, rollout, max_tokens=self.ppo.max_tokens_per_microbatch)
+        return self._scored(rollout, lambda n: score.state_values(critic, rollout, max_tokens=n))
+
+    def _scored(self, rollout: Rollout, attempt: Callable[[int], T]) -> T:
+        longest, whole = int(rollout.cu_seqlens.diff().max()), len(rollout.input_ids)
+        return self.budget.run("scoring", attempt, smallest=longest, whole=whole)
 
     def _loss_mask(self, rollout: Rollout, cu_seqlens: Tensor) -> Tensor:
         keep = ~rollout.truncated if self.ppo.truncation == "mask" else torch.ones_like(rollout.truncated)
@@ -313,6 +331,7 @@ class PPOEngine:
             metrics[f"{name}/lr"] = role.rate
             metrics[f"{name}/skipped_steps"] = float(role.skipped)
             role.next_iteration()
+        metrics |= self._portions()
         self.version += 1
         start = time.perf_counter()
         self.rollout_engine.sync_weights(self.policy, self.version)

@@ -39,9 +39,8 @@ class Problem:
 
     def run(self, rows: slice = slice(None), **settings: Any) -> Tensor:
         keys, values = self.keys.clone(), self.values.clone()
-        new = (x[rows] for x in (self.q, self.k, self.v))
-        out = decode_attention(*new, keys[rows], values[rows], self.positions[rows], **settings)
-        return out
+        q, k, v = self.q[rows], self.k[rows], self.v[rows]
+        return decode_attention(q, k, v, keys[rows], values[rows], self.positions[rows], **settings)
 
     def truth(self, dtype: torch.dtype, *, window: int | None = None, softcap: float | None = None) -> Tensor:
         """Each sequence and head by itself, in `dtype`."""
@@ -69,8 +68,8 @@ def problem(
     keys, values = torch.randn(2, n, kv_heads, length, D)
     for i, position in enumerate(positions):
         keys[i, :, position:] = values[i, :, position:] = NAN
-    moved = [x.to(DEVICE, dtype) for x in (q, k, v, keys, values)]
-    return Problem(*moved, torch.tensor(positions, device=DEVICE))
+    q, k, v, keys, values = (x.to(DEVICE, dtype) for x in (q, k, v, keys, values))
+    return Problem(q, k, v, keys, values, torch.tensor(positions, device=DEVICE))
 
 
 @pytest.mark.parametrize("precision", ["single", "half"])
@@ -190,7 +189,7 @@ def test_opcheck() -> None:
     ],
 )
 def test_bad_input_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
-    good = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16)}
+    good: dict[str, Any] = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16)}
     good |= {"keys": torch.zeros(2, 2, 13, 16), "values": torch.zeros(2, 2, 13, 16)}
     with pytest.raises(ValueError, match=message):
         decode_attention(**(good | {"positions": torch.tensor([3, 12])} | change), backend="native")

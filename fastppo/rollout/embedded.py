@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastppo import models
-from fastppo.batch import Prompts, Rollout, Sampling
+from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import require
+from fastppo.out_of_memory import Portion
 from fastppo.protocols import OnFinish
 from fastppo.rollout.decoder import SPAN, Capacity, Decoder
 
@@ -24,7 +25,7 @@ class EmbeddedEngine:
     Args:
         policy: the module that is trained; its train/eval mode is left as found.
         eos_token_ids: tokens that end a response, kept as its last token.
-        max_rows: sequences decoded at a time.
+        max_rows: sequences decoded at a time; half of that from when memory runs out on, and the call is redone.
         kv_bytes: memory for their keys and values; fewer are decoded at a time where `max_rows` do not fit. None: on a
             GPU half of what is free, on a CPU no limit.
         cuda_graphs: on a GPU, replay decode steps as CUDA graphs.
@@ -45,7 +46,7 @@ class EmbeddedEngine:
     ) -> None:
         self.policy = policy
         self.eos_token_ids = tuple(eos_token_ids)
-        self.max_rows, self.kv_bytes = max_rows, kv_bytes
+        self.rows, self.kv_bytes = Portion(max_rows, "rows", "rollout.max_rows"), kv_bytes
         self.cuda_graphs, self.keep_memory = cuda_graphs, keep_memory
         self._kept: Decoder | None = None
         self.generator = torch.Generator().manual_seed(seed)
@@ -77,10 +78,17 @@ class EmbeddedEngine:
         n, seed = sampling.samples_per_prompt, sampling.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (), generator=self.generator))
-        decoder = self._decoder(len(prompts) * n, -(-longest // SPAN) * SPAN, max(limits))
+        positions = -(-longest // SPAN) * SPAN
+        rows = min(self._rows_that_fit(positions), len(prompts) * n)
+
+        def attempt(max_rows: int) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
+            decoder = self._decoder(max_rows, len(prompts) * n, positions, max(limits))
+            made = decoder.run(prompts, sampling, seed, on_finish)
+            self._kept = decoder if self.keep_memory else None
+            return made
+
         with _eval_mode(self.policy):
-            tokens, logprobs, reasons = decoder.run(prompts, sampling, seed, on_finish)
-        self._kept = decoder if self.keep_memory else None
+            tokens, logprobs, reasons = self.rows.run("the rollout", attempt, smallest=1, whole=rows)
         return Rollout.pack(
             [p for p in prompts.token_ids for _ in range(n)],
             tokens,
@@ -94,7 +102,7 @@ class EmbeddedEngine:
             device=self.policy.device,
         )
 
-    def _decoder(self, requests: int, positions: int, tokens: int) -> Decoder:
+    def _decoder(self, max_rows: int, requests: int, positions: int, tokens: int) -> Decoder:
         """The one that was kept, if it is large enough, else a new one."""
         kept, self._kept = self._kept, None
         if kept is not None:
@@ -103,22 +111,28 @@ class EmbeddedEngine:
             if kept.capacity.holds(Capacity(1, positions, requests, tokens)):
                 return kept
             del kept  # its memory counts as free
-        capacity = Capacity(min(self._rows_that_fit(positions), requests), positions, requests, tokens)
+        capacity = Capacity(min(self._rows_that_fit(positions), max_rows, requests), positions, requests, tokens)
         return Decoder(self.policy, capacity, eos_token_ids=self.eos_token_ids, cuda_graphs=self.cuda_graphs)
 
     def _rows_that_fit(self, num_positions: int) -> int:
         budget = self.kv_bytes
         if budget is None and self.policy.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.policy.device)[0] // 2
+            budget = _free(self.policy.device) // 2
         if budget is None:
-            return self.max_rows
+            return self.rows.size
         row = num_positions * models.kv_bytes_per_token(self.policy)
         require(
             budget >= row,
             f"the keys and values of one sequence of {num_positions} tokens take {row / 2**30:.3g} GiB, more than the "
             f"{budget / 2**30:.3g} GiB there are: raise rollout.kv_gib, or lower max_new_tokens or the prompts' length",
         )
-        return min(self.max_rows, budget // row)
+        return min(self.rows.size, budget // row)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: what the driver has, and what torch's allocator keeps without using it."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 @contextmanager

@@ -11,12 +11,14 @@ lives in end at once.
 
 # pyright: reportGeneralTypeIssues=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import ROW_DTYPES, check_device, on_device
+from fastppo_kernels.gpu.launch import ROW_DTYPES, check_device, on_device, options
 from fastppo_kernels.gpu.maths import LOG2E, tanh
 
 CHUNK = 512  # positions of a program
@@ -155,16 +157,23 @@ def decode_attention(
     groups, block_d = heads // kv_heads, max(LEAST_QUERIES, triton.next_power_of_2(D))
     block = min(64, max(16, (EXACT_TILE if q.dtype == torch.float32 else TILE) // block_d))
     reach = span if window is None else window
+    strides = heads * D, kv_heads * D, keys.stride(0), keys.stride(1)
+    constants: dict[str, Any] = {
+        "G": groups,
+        "D": D,
+        "BLOCK_G": max(LEAST_QUERIES, triton.next_power_of_2(groups)),
+        "BLOCK_D": block_d,
+        "BLOCK": block,
+        "CHUNK": CHUNK,
+        "CAPPED": softcap is not None,
+        "WHOLE": chunks == 1,
+    }
+    if not n:
+        return out
     with on_device(q):
-        if n:
-            _attend[(n, kv_heads, chunks)](
-                q, k, v, keys, values, positions, out, parts, stats,
-                heads * D, kv_heads * D, keys.stride(0), keys.stride(1), scale, softcap or 0.0, reach,
-                G=groups, D=D, BLOCK_G=max(LEAST_QUERIES, triton.next_power_of_2(groups)), BLOCK_D=block_d,
-                BLOCK=block, CHUNK=CHUNK, CAPPED=softcap is not None, WHOLE=chunks == 1, num_warps=4,
-            )  # fmt: skip
-            if chunks > 1:
-                _join[(n, heads)](
-                    parts, stats, positions, out, reach, chunks, D=D, BLOCK_D=block_d, CHUNK=CHUNK, num_warps=1
-                )
+        memory = q, k, v, keys, values, positions, out, parts, stats
+        _attend[(n, kv_heads, chunks)](*memory, *strides, scale, softcap or 0.0, reach, **constants, **options(128))
+        if chunks > 1:
+            joined: dict[str, Any] = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK}
+            _join[(n, heads)](parts, stats, positions, out, reach, chunks, **joined, **options(32))
     return out
