@@ -192,7 +192,8 @@ def test_bad_input_says_what_is_wrong(change: dict[str, Any], message: str) -> N
     good: dict[str, Any] = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16)}
     good |= {"keys": torch.zeros(2, 2, 13, 16), "values": torch.zeros(2, 2, 13, 16)}
     with pytest.raises(ValueError, match=message):
-        decode_attention(**(good | {"positions": torch.tensor([3, 12])} | change), backend="native")
+        arguments: dict[str, Any] = good | {"positions": torch.tensor([3, 12])} | change
+        decode_attention(**arguments, backend="native")
 
 
 def test_frequencies_of_a_known_case() -> None:
