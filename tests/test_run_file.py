@@ -143,7 +143,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "out of range": (changed(ppo={"clip_low": 1.0}), "ppo.clip_low must be in [0, 1), got 1.0"),
     "negative": (changed(ppo={"kl_coef": -0.1}), "ppo.kl_coef must be >= 0, got -0.1"),
     "nan coefficient": (changed(ppo={"entropy_coef": float("nan")}), "ppo.entropy_coef must be >= 0, got nan"),
-    "dual clip": (changed(ppo={"dual_clip": 0.5}), "ppo.dual_clip must be > 1, got 0.5"),
+    "dual clip": (changed(ppo={"dual_clip": 0.5}), "ppo.dual_clip must be > 1 and finite, got 0.5"),
     "rate": (changed(critic_optimizer={"lr": float("inf")}), "lr must be finite and >= 0, got inf"),
     "template": (changed(data={"template": "Q: "}), "data.template must contain '{prompt}', got 'Q: '"),
     "function": (changed(rewards=[{"kind": "function", "target": "m.f"}]), "must be 'module:function', got 'm.f'"),
