@@ -10,6 +10,7 @@ from typing import Literal
 
 from fastppo.checks import require, require_positive, require_unit
 from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
+from fastppo.config_vllm import VLLMConfig
 from fastppo.config_watch import WatchConfig
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
@@ -36,21 +37,43 @@ class RolloutConfig:
     """Tokens that end a response, beside the model's own end-of-sequence tokens."""
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     """Token ids one after the other that end a response; it keeps them."""
-    engine: Literal["embedded", "generate_batch"] = "embedded"
-    """Who samples: fastppo's own engine, or transformers' continuous batching; both on the weights as they are."""
+    engine: Literal["embedded", "generate_batch", "vllm"] = "embedded"
+    """Who samples: fastppo's own engine or transformers' continuous batching, both on the weights as they are, or vLLM
+    servers, which get a copy after every update."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """With engine = "vllm"."""
+    one_step_off: bool = False
+    """With vLLM: sample for the next iteration while this one updates, from the weights before that update; needs
+    ppo.importance_cap."""
     max_rows: int = 512
-    """Sequences decoded at a time."""
+    """Sequences decoded at a time; with vLLM, requests in flight."""
     kv_gib: float | None = None
     """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of
     what is free, on a CPU no limit."""
+    cuda_graphs: bool = True
+    """On a GPU, the embedded engine replays its decode steps as CUDA graphs; False: it launches them one by one."""
+    keep_memory: bool = False
+    """The embedded engine keeps the memory of keys and values, and its graphs, for the next rollout: quicker, but the
+    update has that much less."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
+    gap_stop: float | None = None
+    """Mean gap between the sampler's log-probs and the trainer's, in nats per token, over which a run stops: the
+    sampler has other weights, another temperature or another arithmetic. None: 1e-3 for float32 weights, else 0.05."""
+    gap_correct: float | None = None
+    """Gap over which tokens of an engine that does not run this module in float32 get truncated importance weights,
+    with a cap of 2 unless ppo.importance_cap says another. None: 1e-4 for float32 weights, else 1e-3."""
 
     def __post_init__(self) -> None:
         require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens")
-        require_positive("rollout", self, "temperature", "max_rows", "kv_gib")
+        require_positive("rollout", self, "temperature", "max_rows", "kv_gib", "gap_stop", "gap_correct")
         require(all(self.stop_sequences), f"a stop sequence has at least one token, got {self.stop_sequences}")
+        require(
+            not self.one_step_off or self.engine == "vllm",
+            f"rollout.one_step_off samples while the policy changes, which only servers can: engine must be 'vllm', "
+            f"got {self.engine!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +251,8 @@ class TrainConfig:
     async_save: bool = True
     """Write checkpoints beside training, from a copy in host memory; False: training waits, and nothing is copied."""
     keep_rollouts: bool = True
-    """Keep the finished rollout that follows a checkpoint, and its scores: a run that goes on from there takes it."""
+    """Keep the finished rollout that follows a checkpoint, and its scores: a run that goes on from there takes it. Not
+    with rollout.one_step_off, where the one after it has begun."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written."""
 
@@ -287,6 +311,11 @@ class RunConfig:
         require(
             self.critic.init != "reward" or has_model,
             "critic.init = 'reward' needs a reward of kind 'model', got none; use 'policy' or a checkpoint",
+        )
+        require(
+            not self.rollout.one_step_off or self.ppo.importance_cap is not None,
+            "rollout.one_step_off trains on responses of the policy before the last update: set ppo.importance_cap, "
+            "the truncation of the weights that correct for it, e.g. 2",
         )
         require(
             self.ppo.importance_cap is None or self.rollout.old_logprobs != "sampler",

@@ -68,6 +68,9 @@ class RewardConfig:
     """Seconds until one call of a function or an endpoint has failed."""
     retries: int = 3
     """Further tries after an endpoint failed, or anything with on_error = "retry"; the wait doubles from 0.5 s."""
+    early: bool = False
+    """Score responses as they end, up to batch_size in a call, while others are sampled; for a function or an endpoint
+    that judges each response by itself."""
     on_error: Literal["fail", "retry", "skip"] = "fail"
     """When it raises, does not answer or gives what is no score: end the run; ask `retries` more times, then end it;
     or leave the samples without a score out of the iteration, a function's being asked for one by one."""
@@ -86,6 +89,14 @@ class RewardConfig:
             "best with ${NAME}, a variable of the environment, in its place",
         )
         require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
+        require(
+            not self.early or self.kind != "model",
+            "rewards.early is for kind 'function' and 'http': a reward model would compete with the sampler",
+        )
+        require(
+            not self.early or self.on_error == "fail",
+            f"rewards.early asks once, so rewards.on_error must be 'fail', got {self.on_error!r}",
+        )
         require_positive("rewards", self, "batch_size", "timeout_s")
         require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
 

@@ -26,14 +26,12 @@ def experience_metrics(experience: Experience, scores: Scores, shaped: Tensor) -
         means["objective/entropy"] = -sequence_sums(logprobs, cu_seqlens)
     if logprobs is not None and experience.ref_logprobs is not None:
         means["objective/kl"] = sequence_sums(logprobs - experience.ref_logprobs, cu_seqlens)
-    gap = None
-    if experience.logprobs is not None and rollout.logprobs is not None and experience.logprobs is not rollout.logprobs:
-        gap = means["rollout/logprob_gap_mean"] = (experience.logprobs - rollout.logprobs).abs()
+    if experience.is_weights is not None:
+        means["rollout/importance_weight_mean"] = experience.is_weights
     metrics = _global_means(means)
+    if rollout.policy_version is not None:
+        metrics["rollout/staleness"] = float(experience.policy_version - rollout.policy_version)
     metrics["objective/score_length_correlation"] = _correlation(*(metrics.pop(name) for name in PRODUCTS))
-    if gap is not None:
-        largest = {"gap_max": torch.cat([gap, gap.new_zeros(1)]).max()}
-        metrics["rollout/logprob_gap_max"] = float(distributed.reduce_stats(largest)["gap_max"])
     if experience.values is not None and experience.returns is not None:
         metrics["val/explained_variance"] = _explained_variance(experience.values, experience.returns)
         metrics |= _global_means({"val/values": experience.values})

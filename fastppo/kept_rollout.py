@@ -13,6 +13,7 @@ from torch import Tensor
 from fastppo import checkpoint, distributed
 from fastppo.batch import Prompts, Rollout, Sampling
 from fastppo.checks import InputError
+from fastppo.early_scores import EarlyScores
 from fastppo.rewards import Scores
 from fastppo.run_file import from_dict
 
@@ -51,21 +52,21 @@ class Kept:
         return Scores(self.tensors["scores"], self.tensors.get("token_scores"), parts, {}, facts["counts"])
 
 
-def generate(run: "Run", prompts: Prompts) -> Rollout:
-    """The rollout that was kept, or a new one, which is kept."""
+def generate(run: "Run") -> tuple[Rollout, EarlyScores | None]:
+    """The rollout that was kept, or a new one, which is kept; and what rewards already said of it."""
     if run.kept is not None:
-        rollout = run.kept.rollout(prompts).to(run.engine.policy.device)
+        rollout = run.kept.rollout(next(run.prompts)).to(run.engine.policy.device)
         set_rng(run, run.kept.numbers["rng"])
         if distributed.rank() == 0:
             what = "rollout" if run.kept.numbers["scores"] is None else "rollout and scores"
             print(f"resume: took the {what} of iteration {run.step + 1} that was finished", flush=True)
-        return rollout
-    rollout = run.engine.generate(prompts)
+        return rollout, None
+    rollout, early = next(run.rollouts)
     _keep(run, rollout, None)
-    return rollout
+    return rollout, early
 
 
-def score(run: "Run", rollout: Rollout) -> Scores:
+def score(run: "Run", rollout: Rollout, early: EarlyScores | None) -> Scores:
     """The scores that were kept, or new ones, which are kept."""
     known = None if run.kept is None else run.kept.scores()
     if known is not None and run.kept is not None:
@@ -73,7 +74,7 @@ def score(run: "Run", rollout: Rollout) -> Scores:
         tokens = None if known.tokens is None else known.tokens.to(device)
         parts = {name: part.to(device) for name, part in known.parts.items()}
         return Scores(known.sequences.to(device), tokens, parts, {}, known.counts)
-    scores = run.rewards(rollout)
+    scores = run.rewards(rollout, early)
     if not scores.missing:  # else a run that goes on asks again
         _keep(run, rollout, scores)
     return scores
@@ -115,7 +116,7 @@ def set_rng(run: "Run", state: dict[str, Any]) -> None:
 
 
 def _keep(run: "Run", rollout: Rollout, scores: Scores | None) -> None:
-    if not run.config.train.keep_rollouts or run.boundary is None:
+    if not run.config.train.keep_rollouts or run.boundary is None or run.rollouts.is_ahead:
         return
     tensors = {name: getattr(rollout, name) for name in TENSORS}
     tensors |= {} if rollout.logprobs is None else {"logprobs": rollout.logprobs}

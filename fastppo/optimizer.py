@@ -39,7 +39,7 @@ class Trainable:
         """Learning rate of this PPO iteration."""
         return self.config.lr * learning_rate_factor(self.config, self.total_steps, self.iteration)
 
-    def step(self, loss: Tensor) -> float:
+    def step(self, loss: Tensor | float = 0.0) -> float:
         """Clip and step; a gradient or `loss` that is not finite leaves everything as it is.
 
         Returns:
@@ -80,6 +80,8 @@ class Trainable:
     def zero_grad(self) -> None:
         """Drop the gradient accumulated so far."""
         self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None  # what a backward that failed has not yet given to its master
 
     def snapshot(self) -> list[Any]:
         """Weights and optimizer state, to `restore`."""
@@ -135,7 +137,7 @@ class Trainable:
 def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> Trainable:
     """AdamW on every parameter that requires a gradient."""
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
-    masters = [p if p.dtype == torch.float32 else _master(p) for p in parameters]
+    masters = [p if p.dtype == torch.float32 else take_gradients(p) for p in parameters]
     optimizer = torch.optim.AdamW(
         masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
@@ -152,7 +154,7 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -
     return warmup * decay[config.schedule]
 
 
-def _master(parameter: torch.nn.Parameter) -> Tensor:
+def take_gradients(parameter: torch.nn.Parameter) -> Tensor:
     """A float32 copy that takes over each micro-batch's gradient as soon as it is there."""
     master = parameter.detach().float().requires_grad_()
 

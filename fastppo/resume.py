@@ -32,6 +32,8 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
     *("train.loggers", "train.keep_best", "train.async_save", "train.keep_rollouts", "deterministic"),
     *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
+    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
+    *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
 
 
@@ -64,6 +66,9 @@ def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
         differ = refuse_another_run(found.numbers["config"], config, f"the checkpoint {str(found.path)!r}")
         if portions := ", ".join(sorted(PORTION_KEYS.intersection(differ))):
             print(f"resume: {portions} changed: not bit for bit", flush=True)
+    if found is not None and config.rollout.engine == "vllm":
+        ahead = ", and the first rollout comes from the policy as it is" if config.rollout.one_step_off else ""
+        print(f"resume: vLLM's batches differ in rounding{ahead}: not bit for bit", flush=True)
     print(f"resume: {_described(found, config)}", flush=True)
     return found
 
@@ -85,7 +90,7 @@ def mark(run: Run, step: int) -> None:
         "config": to_dict(run.config),
         "versions": _versions(),
         "engine": run.engine.state(),
-        "prompts": {"position": run.prompts.position, "fingerprint": run.prompts.fingerprint},
+        "prompts": {"position": run.rollouts.position, "fingerprint": run.prompts.fingerprint},
         "rng": distributed.gather(kept_rollout.rng(run)),
         "watch": run.watch.state(),
         "best": run.best,

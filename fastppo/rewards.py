@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import models
 from fastppo.aggregate import sequence_sums
-from fastppo.batch import Rollout, Sample, cumulative
+from fastppo.batch import Prompts, Rollout, Sample, cumulative
 from fastppo.checks import require
 from fastppo.config import DataConfig, RewardConfig
 from fastppo.data import Messages, to_messages
+from fastppo.early_scores import EarlyScores, Heard
 from fastppo.endpoints import FunctionReward, HTTPReward, RewardError
 from fastppo.microbatch import microbatches
 from fastppo.protocols import Reward
@@ -127,6 +128,7 @@ class WeightedRewards:
         rewards: what scores the samples.
         weights: one per reward; default 1.
         tokenizer: turns ids into the text that rewards see; None: the text is empty.
+        early: names of those that score responses as they end, each with the most samples of one call.
         on_errors: what becomes of a failure, one per reward; default: it is raised.
     """
 
@@ -136,19 +138,28 @@ class WeightedRewards:
         *,
         weights: Sequence[float] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        early: Mapping[str, int] | None = None,
         on_errors: Sequence[OnError] | None = None,
     ) -> None:
         self.rewards = list(rewards)
         self.weights = [1.0] * len(self.rewards) if weights is None else list(weights)
         self.on_errors = [OnError()] * len(self.rewards) if on_errors is None else list(on_errors)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.early = tokenizer, dict(early or {})
         names = [r.name for r in self.rewards]
+        require(self.early.keys() <= {*names}, f"early rewards must be among {names}, got {sorted(self.early)}")
         require(len(self.rewards) > 0, "at least one reward is needed, got none")
         require(len(self.weights) == len(names), f"got {len(self.weights)} weights for {len(names)} rewards")
         require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """
+    def listen(self, prompts: Prompts, samples_per_prompt: int) -> EarlyScores | None:
+        """The `on_finish` of a rollout, to be given back with it; None: no reward is early."""
+        chosen = {r.name: (r, self.early[r.name]) for r in self.rewards if r.name in self.early}
+        to_sample = partial(_only_sample, tokenizer=self.tokenizer)
+        return EarlyScores(prompts, samples_per_prompt, chosen, to_sample) if chosen else None
+
+    def __call__(self, rollout: Rollout, early: EarlyScores | None = None) -> Scores:
+        """`early`: what heard of these responses as they ended.
+
         Raises:
             RewardError: a reward failed, or returned NaN, infinity or the wrong number of scores, and its `OnError`
                 does not help.
@@ -159,7 +170,8 @@ class WeightedRewards:
         any_tokens, parts, missing = False, {}, {}
         counts = {"rollout/left_out": 0.0} if any(o.way == "skip" for o in self.on_errors) else {}
         for reward, weight, on_error in zip(self.rewards, self.weights, self.on_errors, strict=True):
-            asked = ask(reward, samples, on_error, partial(check_scores, rollout=rollout, name=reward.name))
+            heard = reward if early is None else Heard(reward, early)
+            asked = ask(heard, samples, on_error, partial(check_scores, rollout=rollout, name=reward.name))
             per_sequence, per_token = asked.scores
             missing |= asked.missing
             counts |= {f"reward/{reward.name}/{what}": float(n) for what, n in asked.counts.items()}
@@ -180,9 +192,10 @@ def load_rewards(
 ) -> WeightedRewards:
     """Build what a run file's [[rewards]] tables describe; `data`: which prompts are chats."""
     rewards = [_load(c, policy_tokenizer, device, data) for c in configs]
+    early = {c.log_name: c.batch_size for c in configs if c.early}
     on_errors = [OnError(c.on_error, c.retries) for c in configs]
     weights = [c.weight for c in configs]
-    return WeightedRewards(rewards, weights=weights, tokenizer=policy_tokenizer, on_errors=on_errors)
+    return WeightedRewards(rewards, weights=weights, tokenizer=policy_tokenizer, early=early, on_errors=on_errors)
 
 
 def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> list[Sample]:
@@ -195,6 +208,10 @@ def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> l
             prompts, responses, pairs, rollout.finish_reasons, rollout.records, strict=True
         )
     ]
+
+
+def _only_sample(rollout: Rollout, *, tokenizer: PreTrainedTokenizerBase | None) -> Sample:
+    return to_samples(rollout, tokenizer)[0]
 
 
 def check_scores(

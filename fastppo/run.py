@@ -19,8 +19,10 @@ from fastppo.config import RunConfig
 from fastppo.data import PromptSource, load_prompts
 from fastppo.engine import PPOEngine
 from fastppo.kept_rollout import Kept
+from fastppo.memory import start as memory
 from fastppo.metrics import Metrics, require_loggers, rewind
 from fastppo.rewards import WeightedRewards, load_rewards
+from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
 from fastppo.saving import Writer
 from fastppo.watch import Watch
@@ -34,6 +36,7 @@ class Run:
     engine: PPOEngine
     rewards: WeightedRewards
     prompts: PromptSource
+    rollouts: RolloutSource
     eval_prompts: Prompts | None
     tokenizer: PreTrainedTokenizerBase
     folder: Path
@@ -52,7 +55,8 @@ class Run:
         self.watch = Watch(self.config.watch)
 
     def close(self) -> None:
-        """Close what writes to the run folder, and unlock it."""
+        """End what still samples, close what writes to the run folder, and unlock it."""
+        self.rollouts.close()
         self.writer.close()
         try:
             self.metrics.close()
@@ -78,6 +82,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     )
     evals = config.data.eval_prompts
     held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
+    plan = memory.check_start(config, device, max(len(ids) for ids in source.prompts.token_ids))
     policy = models.to_device(models.load_policy(config.policy), device)
     size = models.lm_head(policy).weight.shape[0]
     require(
@@ -106,9 +111,11 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
         again = kept % config.train.eval_every == 0 or kept >= config.train.total_steps
         rewind(folder, kept, evaluates=again and config.data.eval_prompts is not None)
         checkpoint.set_aside(folder / "checkpoints", kept)
+        memory.write(plan, folder)
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config), kept)
-    return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, lock)
+    rollouts = RolloutSource(engine, source, rewards, config.train.total_steps, ahead=config.rollout.one_step_off)
+    return Run(config, engine, rewards, source, rollouts, held_out, tokenizer, folder, metrics, lock)
 
 
 def _name_foreign_code(config: RunConfig) -> None:

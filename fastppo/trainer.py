@@ -51,11 +51,10 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
                 show.phase("evaluation")
                 evaluate(run, step - 1)
             timer = PhaseTimer(show.phase)
-            prompts = next(run.prompts)
             with timer("rollout"):
-                rollout = kept_rollout.generate(run, prompts)
+                rollout, early = kept_rollout.generate(run)
             with timer("reward"):
-                scores = kept_rollout.score(run, rollout)
+                scores = kept_rollout.score(run, rollout, early)
             with timer("score"):
                 experience = run.engine.score(rollout, scores)
             run.boundary = None
@@ -131,7 +130,7 @@ def write_samples(run: Run, step: int, rollout: Rollout, scores: list[float | No
 
 def log(run: Run, step: int, stats: dict[str, float], rollout: Rollout, timer: PhaseTimer) -> None:
     """One line of metrics per iteration."""
-    stats |= run.watch.metrics() | timer.seconds
+    stats |= run.watch.metrics() | timer.seconds | run.rollouts.metrics
     tokens = distributed.sum_over_ranks(torch.tensor(len(rollout.input_ids)))
     stats["perf/tokens_per_second"] = float(tokens) / timer.total()
     stats["episode"] = float(step * len(rollout) * distributed.world_size())

@@ -160,6 +160,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         changed(ppo={"importance_cap": 2.0}, rollout={"old_logprobs": "sampler"}),
         "must be 'recompute' or 'auto', got 'sampler'",
     ),
+    "one step off, embedded": (changed(rollout={"one_step_off": True}), "engine must be 'vllm', got 'embedded'"),
+    "one step off, uncorrected": (
+        changed(rollout={"one_step_off": True, "engine": "vllm"}),
+        "set ppo.importance_cap, the truncation of the weights that correct for it",
+    ),
+    "no server": (changed(rollout={"vllm": {"servers": []}}), "rollout.vllm.servers is empty"),
+    "no URL": (changed(rollout={"vllm": {"servers": ["here:80"]}}), "starts with http:// or https://, got 'here:80'"),
+    "one server twice": (
+        changed(rollout={"vllm": {"servers": ["http://a", "http://a"]}}),
+        "rollout.vllm.servers has ['http://a'] twice",
+    ),
+    "early reward model": (
+        changed(rewards=[{"kind": "model", "target": "a", "early": True}]),
+        "rewards.early is for kind 'function' and 'http'",
+    ),
 }
 
 
@@ -174,10 +189,13 @@ def test_a_wrong_value_is_one_sentence_with_what_was_got(case: str) -> None:
 @pytest.mark.parametrize("key", [name for name, default in fields(RunConfig) if type(default) in (int, float)])
 def test_no_number_may_be_nan_or_text(key: str) -> None:
     """Of all numbers that a run has; NaN compares with nothing, so a careless check lets it through."""
-    section, _, name = key.rpartition(".")
+    *sections, name = key.split(".")
     for value in ("1", float("nan")):
+        tables: dict[str, Any] = {name: value}
+        for section in reversed(sections):
+            tables = {section: tables}
         with pytest.raises(ValueError, match=name):
-            from_dict(RunConfig, changed(**({section: {name: value}} if section else {name: value})))
+            from_dict(RunConfig, changed(**tables))
 
 
 @pytest.mark.parametrize(

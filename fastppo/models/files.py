@@ -93,7 +93,7 @@ def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    wild = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    wild = [name for name, p in model.named_parameters() if not _finite(p)]
     mismatched = [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]
     problems = {"lacks": info["missing_keys"], "has the wrong shape for": mismatched, "has NaN or infinity in": wild}
     for problem, names in problems.items():
@@ -103,6 +103,12 @@ def refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allo
             f"checkpoint {path!r} {problem} {len(bad)} tensors, the first is {bad[0] if bad else ''!r}: "
             "it is damaged or of another architecture; give the folder of a whole checkpoint",
         )
+
+
+@torch.no_grad()
+def _finite(x: Tensor) -> bool:
+    """Without a tensor as large as `x`, which `isfinite` would make; a NaN is both minimum and maximum."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def _first_line(error: BaseException) -> str:

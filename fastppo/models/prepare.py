@@ -29,6 +29,14 @@ def prepare(model: PreTrainedModel, gradient_checkpointing: bool = False) -> Pre
     Raises:
         ValueError: its sequences cannot be packed.
     """
+    _check_packing(set_up(model, gradient_checkpointing))
+    return model
+
+
+def set_up(
+    model: PreTrainedModel, gradient_checkpointing: bool = False, *, on_cpu: bool = not torch.cuda.is_available()
+) -> PreTrainedModel:
+    """`prepare` without a forward pass, for a device with or without CUDA."""
     require(
         model._can_set_attn_implementation(),
         f"{type(model).__name__} does not use transformers' attention interface, so sequences cannot be packed",
@@ -45,10 +53,9 @@ def prepare(model: PreTrainedModel, gradient_checkpointing: bool = False) -> Pre
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # there is no padding: a pad token that is also EOS learns like any other
-        if type(module) is nn.Linear and not torch.cuda.is_available():
+        if type(module) is nn.Linear and on_cpu:
             module.__class__ = Linear
-    _check_packing(without_dropout(model))
-    return model.train()  # checkpointing is only active in train mode; there is no dropout
+    return without_dropout(model).train()  # checkpointing is only active in train mode; there is no dropout
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
