@@ -142,9 +142,9 @@ def counted(monkeypatch: Any) -> list[int]:
     """How many training rollouts were drawn."""
     drawn, generate = [], PPOEngine.generate
 
-    def count(engine: PPOEngine, prompts: Any, sampling: Any = None) -> Any:
+    def count(engine: PPOEngine, prompts: Any, sampling: Any = None, *rest: Any) -> Any:
         drawn.extend([engine.iteration] * (sampling is None))
-        return generate(engine, prompts, sampling)
+        return generate(engine, prompts, sampling, *rest)
 
     monkeypatch.setattr(PPOEngine, "generate", count)
     return drawn
@@ -210,7 +210,7 @@ def test_a_kept_rollout_holds_everything(tmp_path: Path) -> None:
     drawn = made.generate(prompts(4))
     scores = Scores(torch.randn(8), torch.randn(int(drawn.loss_mask.sum())), {"a": torch.randn(8)}, {}, {"n": 2.0})
     config = SimpleNamespace(train=SimpleNamespace(keep_rollouts=True))
-    state = {"saved": True, "kept": None, "boundary": {"id": "x"}}
+    state = {"saved": True, "kept": None, "boundary": {"id": "x"}, "rollouts": SimpleNamespace(is_ahead=False)}
     run: Any = SimpleNamespace(folder=tmp_path, engine=made, config=config, **state)
     kept_rollout._keep(run, drawn, scores)
     found = kept_rollout.find(run)
