@@ -90,8 +90,8 @@ def test_weights_that_do_not_arrive_ahead_stop_the_run(vllm_server: Serve, tmp_p
     server = vllm_server()
     update = server._update_weights
 
-    def loads_once(query: Any, body: Any) -> Any:
-        update(query, body)
+    def loads_once(_: Any, body: dict[str, Any]) -> Any:
+        update(_, body)
         server.loads = False
 
     server._update_weights = loads_once
