@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ def update(
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
-    before: list[Any] = []
+    before: dict[str, Tensor] = {}
     drift: float | None = None  # where the policy stopped
     for _ in range(config.num_epochs):
         for minibatch in _minibatches(experience, config, objective, generator):
@@ -66,7 +65,7 @@ def update(
                         policy.restore(before)
                 else:
                     policy_stats.append(stats)
-                    before = policy.snapshot() if config.roll_back else []
+                    before = policy.snapshot() if config.roll_back else {}
                     norms["policy"].append(policy.step())
             if critic is not None:
                 value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
