@@ -157,6 +157,7 @@ def test_forwards_and_backwards_of_roles_may_interleave(order: tuple[int, ...]) 
         assert len(gradient) == 28 and largest_gap(gradients(model), gradient) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_the_trap_is_there_with_one_active_adapter() -> None:
     """What the test above would see: peft's own way, an adapter switched between forward and backward."""
     batch = gather(trajectories(), range(8))
@@ -173,7 +174,8 @@ def test_the_trap_is_there_with_one_active_adapter() -> None:
 
 
 def test_a_role_trains_its_own_adapters_and_nothing_else() -> None:
-    made = with_random_head(engine(adapted()))
+    policy = adapted(moved=True)
+    made = with_random_head(engine(policy, critic=stirred(models.critic_from(policy))))
     before = weights(made.policy), weights(made.critic)
     found = recorded_gradients(made)
     step(made)
@@ -187,8 +189,9 @@ def test_a_role_trains_its_own_adapters_and_nothing_else() -> None:
     assert len(shared) == sum(not p.requires_grad for p in made.policy.parameters()) - 1  # not the LM head
 
 
-@pytest.mark.parametrize("engine_kind", ["embedded", "generate_batch"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("engine_kind", "dtype"), [("embedded", "float32"), ("embedded", "bfloat16"), ("generate_batch", "float32")]
+)
 def test_rollouts_come_from_the_policys_adapters(engine_kind: str, dtype: str) -> None:
     """Log-probs of the sampler are the trainer's, before and after an update, and not the base's."""
     base = tiny.policy() if dtype == "float32" else bfloat16(tiny.policy())
