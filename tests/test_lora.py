@@ -80,8 +80,11 @@ def test_four_roles_weigh_what_one_does(tmp_path: Path) -> None:
     alone = resident_bytes(policy)
     made = engine(models.adapt(policy, MemoryConfig(share="lora", lora_rank=4)))
     step(made)
-    ratio = resident_bytes(made.policy, made.critic, made.reference) / alone
-    print(f"resident weight bytes of policy, critic and reference: {ratio:.4f} of one base model")
+    settings = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear")
+    peft.get_peft_model(models.reward_model_from(models.bare(policy)), settings).save_pretrained(tmp_path)
+    reward = models.load_reward_model(str(tmp_path), base=policy)
+    ratio = resident_bytes(made.policy, made.critic, made.reference, reward) / alone
+    print(f"resident weight bytes of policy, critic, reference and reward: {ratio:.4f} of one base model")
     assert 1 < ratio <= 1.05
 
 
@@ -166,11 +169,8 @@ def test_the_trap_is_there_with_one_active_adapter() -> None:
     policy.set_adapter("default")
     loss = models.hidden_states(policy, batch).square().sum()
     policy.set_adapter("other")
-    try:
-        loss.backward()
-    except torch.utils.checkpoint.CheckpointError:  # some shapes of graph are noticed by PyTorch
-        return
-    assert not any("default" in name and float(g.abs().max()) > 0 for name, g in gradients(policy).items())
+    loss.backward()
+    assert gradients(policy) == {}  # of neither adapter, without a word
 
 
 def test_a_role_trains_its_own_adapters_and_nothing_else() -> None:
@@ -342,7 +342,7 @@ SHARED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_resumed_run_is_the_undisturbed_run(dtype: str, tmp_path: Path) -> None:
     """And only what trains is in its state: the base is where the run file says."""
     settings = runs.merged(SHARED, {"policy": {"path": runs.checkpoint(tmp_path / "policy"), "dtype": dtype}})
@@ -382,3 +382,21 @@ def test_without_peft_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else there(name))
     with pytest.raises(ValueError, match=r"adapters need the package peft: pip install 'fastppo\[lora\]'$"):
         build(runs.config(tmp_path, policy={"path": "/nowhere"}, memory={"share": "lora"}))
+
+
+def test_adapters_learn_a_rewarded_token() -> None:
+    """With no weight of the base moved: not the head's either, which is why its scale is one that can be certain."""
+    policy, token = models.adapt(tiny.policy(scale=20.0), MemoryConfig(lora_rank=8)), 11
+    made = engine(
+        policy,
+        ppo={"kl_coef": 0.0, "truncation": "none", "num_epochs": 2},
+        rollout={"max_new_tokens": 4, "samples_per_prompt": 4},
+        optimizer={"lr": 1e-2},
+    )
+    rewards = []
+    for _ in range(20):
+        rollout = made.generate(prompts(16))
+        scores = [sum(t == token for t in response) / 4 for _, response in rollout.sequences()]
+        made.update(made.score(rollout, scores))
+        rewards.append(sum(scores) / len(scores))
+    assert rewards[0] < 0.1 and rewards[-1] > 0.9, rewards

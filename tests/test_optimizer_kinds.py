@@ -95,7 +95,7 @@ def everything(made: Trainable) -> dict[str, Tensor]:
     ("kind", "masters", "dtype"),
     [
         ("adamw", "float32", torch.float32),
-        *((kind, "float32", torch.bfloat16) for kind in ("adamw", *QUANTIZED, "adamw-cpu-offload")),
+        *((kind, "float32", torch.bfloat16) for kind in ("adamw", "adamw-4bit", "adamw-cpu-offload")),
         *((kind, "stochastic", torch.bfloat16) for kind in ("adamw", "adamw-8bit")),
     ],
     ids=str,

@@ -184,7 +184,7 @@ def load_adapter(model: PreTrainedModel, head: str, path: str) -> PreTrainedMode
         found = set_peft_model_state_dict(model, weights)
         model.get_submodule(head).load_state_dict({k.removeprefix(f"{head}."): w for k, w in of_head.items()})
     except RuntimeError as error:
-        raise InputError(f"the adapter at {path!r} does not fit the base: {error}") from error
+        raise InputError(f"the adapter at {path!r} does not fit the base: {' '.join(str(error).split())}") from error
     wrong = [*(key for key in found.missing_keys if ".lora_" in key), *found.unexpected_keys]
     require(not wrong, f"the adapter at {path!r} does not fit the base: {wrong[:1]} is only in one of them")
     return model
