@@ -4,6 +4,7 @@ from fastppo.batch import Experience, Prompts, Rollout, Sample, Sampling
 from fastppo.config import (
     CriticConfig,
     DataConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "Experience",
     "FunctionReward",
     "HTTPReward",
+    "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PPOConfig",

@@ -165,9 +165,15 @@ def load_rewards(
     policy_tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     data: DataConfig | None = None,
+    base: PreTrainedModel | None = None,
 ) -> WeightedRewards:
-    """Build what a run file's [[rewards]] tables describe; `data`: which prompts are chats."""
-    rewards = [_load(c, policy_tokenizer, device, data) for c in configs]
+    """Build what a run file's [[rewards]] tables describe.
+
+    Args:
+        data: which prompts are chats.
+        base: a policy with adapters; a reward model that is adapters too goes on the same base.
+    """
+    rewards = [_load(c, policy_tokenizer, device, data, base) for c in configs]
     return WeightedRewards(rewards, weights=[c.weight for c in configs], tokenizer=policy_tokenizer)
 
 
@@ -206,6 +212,7 @@ def _load(
     policy_tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     data: DataConfig | None,
+    base: PreTrainedModel | None,
 ) -> Reward:
     name = config.log_name
     if config.kind == "function":
@@ -218,7 +225,7 @@ def _load(
             timeout_s=config.timeout_s,
             retries=config.retries,
         )
-    model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code)
+    model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code, base=base)
     model = models.to_device(model, device)
     tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)
     made = RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)

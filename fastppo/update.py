@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def update(
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
-    before: list[Any] = []
+    before: dict[str, Tensor] = {}
     drift: float | None = None  # where the policy stopped
     for _ in range(config.num_epochs):
         for minibatch in _minibatches(experience, config, objective, generator):
@@ -71,7 +70,7 @@ def update(
                         policy.restore(before)
                 else:
                     policy_stats.append(stats)
-                    before = policy.snapshot() if config.roll_back else []
+                    before = policy.snapshot() if config.roll_back else {}
                     norms["policy"].append(policy.step())
             if critic is not None:
                 value_stats.append(_value_gradient(critic, experience, minibatch, config, budget))

@@ -70,6 +70,7 @@ def _changes(config: RunConfig) -> Iterator[Change]:
         yield Change(keys, "activations are computed twice: about a third more compute in the update", 1)
     if config.ppo.roll_back:
         yield Change({"ppo.roll_back": False}, "an update that drifts too far stops and is not undone", 2)
+    yield from _optimizers(config)
     if config.policy.dtype == "float32":
         yield Change({"policy.dtype": "bfloat16"}, "the models compute in bfloat16", 3)
     if critic:
@@ -77,6 +78,19 @@ def _changes(config: RunConfig) -> Iterator[Change]:
         yield Change(keys, "no critic: another estimator of advantages", 5)
     if config.ppo.kl_coef > 0 and config.ppo.kl_target is None:
         yield Change({"ppo.kl_coef": 0.0}, "no reference: nothing holds the policy to where it began", 6)
+
+
+def _optimizers(config: RunConfig) -> Iterator[Change]:
+    """Moments and masters in less memory, of all roles that learn."""
+    roles = ["policy_optimizer", *(["critic_optimizer"] if config.ppo.advantage == "gae" else [])]
+    if all(getattr(config, role).kind == "adamw" for role in roles):
+        keys: dict[str, object] = {f"{role}.kind": "adamw-8bit" for role in roles}
+        yield Change(keys, "moments in 8 bits (torchao)", 2)
+    if config.policy.dtype == "bfloat16" and all(getattr(config, role).masters == "float32" for role in roles):
+        keys = {f"{role}.masters": "stochastic" for role in roles}
+        yield Change(keys, "weights are rounded at random, without float32 copies", 3)
+    if config.memory.share == "none":
+        yield Change({"memory.share": "lora"}, "adapters are trained, not the weights (peft)", 4)
 
 
 def _combinations(changes: list[Change]) -> Iterator[tuple[Change, ...]]:

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from fastppo.checks import InputError, require
 from fastppo.hub import require_there
+from fastppo.models import lora
+from fastppo.models.heads import head_name
 from fastppo.models.prepare import dropout_keys
 
 TOKENIZER_FILES = (
@@ -35,8 +37,15 @@ def has_tokenizer(path: str) -> bool:
 
 
 def save(model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a folder that the AutoModel classes load: safetensors, config and, when given, the tokenizer."""
-    model.save_pretrained(path)
+    """Write a folder that the AutoModel classes load: safetensors, config and, when given, the tokenizer.
+
+    Adapters are merged into a copy of the weights they change, and written beside it as `adapter/` in peft's format.
+    """
+    if lora.is_adapted(model):
+        lora.bare(model).save_pretrained(path, state_dict=lora.plain_weights(model))
+        lora.save_adapter(model, head_name(model), Path(path) / "adapter")
+    else:
+        model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
