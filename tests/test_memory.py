@@ -64,14 +64,16 @@ def plan_of(run: RunConfig, budget: int | None = None) -> Plan:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("index", [*(pytest.param(i, marks=SLOW) for i in (0, 1, 2, 5)), 3, 4])
+@pytest.mark.parametrize("index", [*(pytest.param(i, marks=SLOW) for i in (0, 1, 2, 4, 5, 7, 8, 9)), 3, 6])
 def test_every_phase_takes_what_was_planned(index: int, cases: Any, tmp_path: Path) -> None:
-    """Within 2 %, for dtypes, vocabularies, checkpointing, tied weights and one or several micro-batches."""
+    """Within 5 %, for dtypes, vocabularies, checkpointing, tied weights, adapters, optimizers and micro-batches."""
     case = cases.CASES[index]
+    for package in ["peft"] * (case.share == "lora") + ["torchao"] * (case.optimizer != "adamw"):
+        pytest.importorskip(package)
     run = cases.config(case, tmp_path)
     used = cases.measured(run, case)
     for phase in cases.planned(run).phases:
-        assert phase.total == pytest.approx(used[phase.name].peak, rel=0.02), (case.name, phase)
+        assert phase.total == pytest.approx(used[phase.name].peak, rel=0.05), (case.name, phase)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,7 +121,7 @@ def test_a_plan_needs_config_json_alone_and_no_memory(tmp_path: Path) -> None:
     assert parts["policy weights"] > 20 * GIB
     assert parts["float32 masters"] == pytest.approx(2 * (parts["policy weights"] + parts["critic weights"]), rel=1e-4)
     update = plan.phases[-1].parts
-    assert update["optimizer moments"] == 2 * parts["float32 masters"]
+    assert update["optimizer moments"] == pytest.approx(2 * parts["float32 masters"], rel=1e-4)
 
 
 def test_checkpointing_and_micro_batches_act_on_activations_alone(tmp_path: Path) -> None:
@@ -150,10 +152,9 @@ def test_each_way_fits_and_takes_no_change_too_many(tmp_path: Path) -> None:
     assert 1 <= len(ways) <= 3 and all(way.plan.fits for way in ways)
     for way in ways:
         assert plan_of(changed(run, way.keys), budget).fits
-        for key in way.keys:
-            fewer = {name: value for name, value in way.keys.items() if name != key}
-            together = key == "critic.init" or key.endswith("gradient_checkpointing")
-            assert together or not plan_of(changed(run, fewer), budget).fits
+        for last in {key.rpartition(".")[2] for key in way.keys} - {"init"}:  # one change, of one role or of two
+            fewer = {key: value for key, value in way.keys.items() if not key.endswith(f".{last}")}
+            assert not plan_of(changed(run, fewer), budget).fits, (last, way.keys)
 
 
 def test_what_nothing_fits_has_no_ways(tmp_path: Path) -> None:

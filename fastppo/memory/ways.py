@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan, resident
 from fastppo.memory.setting import setting_of
@@ -39,7 +40,7 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
         keys = {key: value for change in changes for key, value in change.keys.items()}
         if any(way.keys.items() <= keys.items() or _same_changes(way, keys) for way in found):
             continue
-        made = _fitted(changed(config, keys), plan)
+        made = _tried(config, keys, plan)
         if made is not None:
             portions, fitted = made
             cost = "; ".join([c.cost for c in changes] + ["smaller portions, the same results"] * bool(portions))
@@ -97,6 +98,15 @@ def _combinations(changes: list[Change]) -> Iterator[tuple[Change, ...]]:
     """None of them, then some, by the sum of their prices."""
     some = [c for n in range(MOST_CHANGES + 1) for c in itertools.combinations(changes, n)]
     return iter(sorted(some, key=lambda c: sum(change.price for change in c)))
+
+
+def _tried(config: RunConfig, keys: dict[str, object], plan: Plan) -> tuple[dict[str, object], Plan] | None:
+    """None too for changes that do not go together."""
+    try:
+        config = changed(config, keys)
+    except InputError:
+        return None
+    return _fitted(config, plan)
 
 
 def _same_changes(way: Way, keys: dict[str, object]) -> bool:
