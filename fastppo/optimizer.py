@@ -104,12 +104,13 @@ class Trainable:
     def _step_weights(self) -> None:
         """Those that wait come one at a time, each with its master, its gradient and its moments."""
         waiting = [w for w in self.weights.values() if w.waits]
-        steps = next((int(s["step"]) for s in self.optimizer.state.values() if "step" in s), 0)
         if len(waiting) < len(self.weights):
             self.optimizer.step()
             for weight in self.weights.values():
                 if not weight.waits:
                     weight.publish()
+        states = self.optimizer.state.values() if waiting else ()  # on a GPU to read the count is to wait
+        steps = next((int(s["step"]) for s in states if "step" in s), 0)
         for i, (weight, gradient) in enumerate(gradients_where_masters_are(waiting)):
             weight.step(self.optimizer, gradient, (steps, i))
 
@@ -124,6 +125,10 @@ def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps:
         config.kind != "adamw-cpu-offload" or model.device.type == "cuda",
         "optimizer kind 'adamw-cpu-offload' moves what a GPU does not hold to the host, and this model is on "
         f"{model.device.type!r} already: use 'adamw'",
+    )
+    require(
+        any(p.requires_grad for p in model.parameters()),
+        f"nothing trains: no parameter of this {type(model).__name__} requires a gradient",
     )
     weights = {name: make_weight(p, config) for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_adamw([w.master for w in weights.values()], config)

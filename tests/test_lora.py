@@ -246,6 +246,28 @@ def test_adapters_where_weights_are_read_as_they_are_are_refused(settings: dict[
         models.prepare_policy(peft.get_peft_model(raw, peft.LoraConfig(r=4, **settings)))
 
 
+def test_two_adapters_are_refused() -> None:
+    wrapped = peft.get_peft_model(tiny.raw_lm(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    wrapped.add_adapter("second", peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapters must be one LoRA.* has 'second'"):
+        models.prepare_policy(wrapped)
+
+
+def test_an_adapter_that_does_not_train_is_refused_as_a_policy() -> None:
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], inference_mode=True)
+    with pytest.raises(ValueError, match="nothing trains: no parameter of this LlamaForCausalLM requires a gradient"):
+        engine(models.prepare_policy(peft.get_peft_model(tiny.raw_lm(), settings)))
+
+
+def test_an_adapter_that_began_by_changing_its_base_changes_it_no_more() -> None:
+    """PiSSA takes the policy's adapter out of the base; the critic's must not be taken out of it again."""
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    policy = models.prepare_policy(peft.get_peft_model(tiny.raw_lm(), settings))
+    before = logprobs(policy)
+    made = engine(policy)
+    assert torch.equal(logprobs(policy), before) and torch.equal(logprobs(made.reference), before)
+
+
 def test_layers_that_are_not_there_are_named() -> None:
     with pytest.raises(ValueError, match="no adapters on LlamaForCausalLM: Target modules .*query"):
         models.adapt(tiny.policy(), MemoryConfig(share="lora", lora_targets=("query",)))

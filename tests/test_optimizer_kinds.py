@@ -179,6 +179,18 @@ def test_a_gradient_that_is_not_finite_leaves_every_bit(kind: str, masters: str)
 
 
 @forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradients_of_micro_batches_are_added_in_float32(kind: str, masters: str, dtype: torch.dtype) -> None:
+    made = trainable(kind, masters, dtype)
+    backward(made, 0)
+    generator = torch.Generator().manual_seed(0)
+    parts = [{n: torch.randn(p.shape, generator=generator) for n, p in made.model.named_parameters()} for _ in "ab"]
+    for name, weight in made.weights.items():
+        one, other = (part[name].to(dtype).float() for part in parts)
+        assert weight.gradient.grad.dtype == torch.float32 and torch.equal(weight.gradient.grad, one + other)
+
+
+@forms
 def test_gradients_are_clipped_before_the_step(kind: str, masters: str) -> None:
     """A step of a clipped gradient is that of the small gradient: with eps above it, Adam's step is g / eps."""
     ends = []

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from fastppo.checks import InputError, require
 from fastppo.hub import require_there
-from fastppo.models import lora
+from fastppo.models import adapter_files, lora
 from fastppo.models.heads import head_name
 from fastppo.models.prepare import dropout_keys
 
@@ -43,7 +43,7 @@ def save(model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenize
     """
     if lora.is_adapted(model):
         lora.bare(model).save_pretrained(path, state_dict=lora.plain_weights(model))
-        lora.save_adapter(model, head_name(model), Path(path) / "adapter")
+        adapter_files.save_adapter(model, head_name(model), Path(path) / "adapter")
     else:
         model.save_pretrained(path)
     if tokenizer is not None:

@@ -7,23 +7,16 @@ finds the adapters it began with, and the reference, which has none, computes wh
 
 import copy
 import importlib.util
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastppo.checks import InputError, require
 from fastppo.config import MemoryConfig
-
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
-PREFIX = "base_model.model."  # of every tensor in them
 
 
 def require_peft() -> None:
@@ -55,12 +48,12 @@ def adapt(model: PreTrainedModel, config: MemoryConfig, *, seed: int = 0) -> Pre
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
-    return _inject(model, lora, seed)
+    return inject(model, lora, seed)
 
 
 def adapt_like(model: PreTrainedModel, other: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
     """The same, with the rank, scale and layers of the adapters of `other`."""
-    return _inject(model, copy.deepcopy(_settings(other)[1]), seed)
+    return inject(model, copy.deepcopy(settings_of(other)[1]), seed)
 
 
 def bare(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,7 +95,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state_dict of `model` without adapters, W + B A * alpha / rank for W, computed in float32 and rounded once.
 
-    The model is left as it is; what no adapter changes is not copied.
+    The model is left as it is. What adapters change comes in host memory, what they do not is not copied.
     """
     if not is_adapted(model):
         return model.state_dict()
@@ -111,86 +104,17 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         merged = copy.deepcopy(layer).float()
         merged.merge()
         for key, weight in merged.get_base_layer().state_dict().items():
-            out[f"{name}.{key}"] = weight.to(out[f"{name}.{key}"].dtype)
+            out[f"{name}.{key}"] = weight.to("cpu", out[f"{name}.{key}"].dtype)
     return out
 
 
-def save_adapter(model: PreTrainedModel, head: str | None, path: Path) -> None:
-    """Write the adapters, and the layer named `head`, in peft's format: PeftModel.from_pretrained loads them."""
-    from peft import get_peft_model_state_dict
-
-    name, settings = _settings(model)
-    settings = copy.deepcopy(settings)
-    settings.inference_mode = True
-    if isinstance(settings.target_modules, set):
-        settings.target_modules = sorted(settings.target_modules)  # one run, one file
-    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if head is not None:
-        weights |= {f"{head}.{key}": w for key, w in model.get_submodule(head).state_dict().items()}
-        settings.task_type, settings.modules_to_save = "TOKEN_CLS", [head]
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + key: w.detach().contiguous() for key, w in weights.items()}
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    settings.save_pretrained(str(path))
-
-
-def is_saved_at(path: str) -> bool:
-    """Whether a folder holds adapters in peft's format."""
-    return (Path(path) / SETTINGS).is_file()
-
-
-def require_base(path: str, base: str) -> None:
-    """
-    Raises:
-        ValueError: the adapters at `path` are of another base than the one named.
-    """
-    named = json.loads((Path(path) / SETTINGS).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    require(
-        named == base or (named is not None and Path(named).is_dir() and Path(named).resolve() == Path(base).resolve()),
-        f"the adapter at {path!r} was trained on {named!r}, the base here is {base!r}: if they are the same model, "
-        f"write this name into base_model_name_or_path of its {SETTINGS}",
-    )
-
-
-def num_labels_at(path: str, heads: Sequence[str]) -> int:
-    """Rows of the classification head that is saved beside the adapters.
+def inject(model: Any, settings: Any, seed: int) -> PreTrainedModel:
+    """Freeze `model` and put fresh float32 adapters on it as peft's config `settings` says.
 
     Raises:
-        ValueError: there is none.
+        ValueError: they would be on what is no linear layer below the heads, or not all that trains.
     """
-    with safe_open(Path(path) / WEIGHTS, "pt") as file:
-        names = [name for name in (f"{PREFIX}{head}.weight" for head in heads) if name in file.keys()]  # noqa: SIM118
-        require(
-            len(names) == 1, f"the adapter at {path!r} has no head named {' or '.join(heads)}, so it scores nothing"
-        )
-        return file.get_slice(names[0]).get_shape()[0]
-
-
-def load_adapter(model: PreTrainedModel, head: str, path: str) -> PreTrainedModel:
-    """Put saved adapters on `model`, which has none, and the saved weights into its layer named `head`.
-
-    Raises:
-        ValueError: they are of another model, or more than adapters and a head.
-    """
-    require_peft()
-    from peft import PeftConfig, set_peft_model_state_dict
-
-    settings: Any = PeftConfig.from_pretrained(path)
-    settings.modules_to_save, settings.inference_mode = None, False
-    _inject(model, settings, seed=0)
-    weights = {key.removeprefix(PREFIX): w for key, w in load_file(Path(path) / WEIGHTS).items()}
-    of_head = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{head}.")}
-    try:
-        found = set_peft_model_state_dict(model, weights)
-        model.get_submodule(head).load_state_dict({k.removeprefix(f"{head}."): w for k, w in of_head.items()})
-    except RuntimeError as error:
-        raise InputError(f"the adapter at {path!r} does not fit the base: {' '.join(str(error).split())}") from error
-    wrong = [*(key for key in found.missing_keys if ".lora_" in key), *found.unexpected_keys]
-    require(not wrong, f"the adapter at {path!r} does not fit the base: {wrong[:1]} is only in one of them")
-    return model
-
-
-def _inject(model: Any, settings: Any, seed: int) -> PreTrainedModel:
+    settings.init_lora_weights = True  # others begin by changing the base
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
@@ -219,6 +143,7 @@ def _check(model: PreTrainedModel) -> None:
         or id(layer) not in ours
         or len(layer.active_adapters) != 1
     ]
+    wrong += list(model.peft_config)[1:]  # pyright: ignore[reportArgumentType, reportCallIssue]
     wrong += [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     require(
         bool(layers) and not wrong,
@@ -240,7 +165,7 @@ def _around_the_tensors_of(model: PreTrainedModel, *, trainable: bool) -> PreTra
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def _settings(model: Any) -> tuple[str, Any]:
+def settings_of(model: Any) -> tuple[str, Any]:
     """Name and peft's config of the model's one adapter."""
     ((name, settings),) = model.peft_config.items()
     return name, settings

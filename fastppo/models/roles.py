@@ -19,7 +19,7 @@ from transformers import (
 
 from fastppo.checks import require
 from fastppo.config import ModelConfig
-from fastppo.models import lora
+from fastppo.models import adapter_files, lora
 from fastppo.models.files import load, read, read_config, refuse_damaged
 from fastppo.models.heads import HEADS, head_name, is_decoder, lm_head, value_head
 from fastppo.models.prepare import check_head, frozen, prepare, to_device, without_dropout
@@ -76,7 +76,7 @@ def load_reward_model(
 
     A folder with adapters and a head, in peft's format, goes on the tensors of `base`, a model with adapters too.
     """
-    if lora.is_saved_at(path):
+    if adapter_files.is_saved_at(path):
         return frozen(_load_reward_adapter(path, base))
     model = load(AutoModelForSequenceClassification, path, dtype, trust_remote_code=trust_remote_code)
     return frozen(prepare(model, False) if is_decoder(model) else without_dropout(model))
@@ -106,6 +106,7 @@ def critic_from(
     On a policy with adapters the critic is fresh adapters of its own on the same base.
     """
     if lora.is_adapted(model):
+        require(label is None, "a critic on the base of adapters starts from a value head of zero, not from a reward's")
         critic = prepare(_around_body_of(model, critic_class(model.config)), gradient_checkpointing)
         critic = lora.adapt_like(critic, model, seed=1)
         _zero(value_head(critic)).requires_grad_(True)
@@ -172,10 +173,10 @@ def _load_reward_adapter(path: str, base: PreTrainedModel | None) -> PreTrainedM
         "policy's, or merge it into its own with peft's merge_and_unload",
     )
     assert base is not None
-    lora.require_base(path, str(base.name_or_path))
-    reward = _around_body_of(base, AutoModelForSequenceClassification, lora.num_labels_at(path, HEADS))
+    adapter_files.require_base(path, str(base.name_or_path))
+    reward = _around_body_of(base, AutoModelForSequenceClassification, adapter_files.num_labels_at(path, HEADS))
     reward = prepare(reward, False)
-    return lora.load_adapter(reward, str(head_name(reward)), path)
+    return adapter_files.load_adapter(reward, str(head_name(reward)), path)
 
 
 def _around_body_of(model: PreTrainedModel, cls: Any, num_labels: int = 1) -> PreTrainedModel:
