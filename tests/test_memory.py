@@ -15,6 +15,7 @@ from fastppo import RunConfig
 from fastppo.cli import main
 from fastppo.memory import start
 from fastppo.memory.ledger import Ledger, dry_run
+from fastppo.memory.passes import moment_bytes
 from fastppo.memory.plan import GIB, Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
 from fastppo.memory.ways import changed, ways_to_fit
@@ -218,3 +219,27 @@ def test_a_run_that_fits_in_smaller_portions_starts_and_says_so(
     folder = train(run)
     assert "does not fit" in (said := capsys.readouterr().out.splitlines()[0]) and "will be halved" in said
     assert json.loads((folder / "plan.json").read_text())["needed"] == whole.needed
+
+
+def test_adapters_take_one_base_for_all_roles(tmp_path: Path) -> None:
+    """Critic and reference bring no weights of their own but adapters and a value head."""
+    pytest.importorskip("peft")
+    alone, shared = plan_of(wide(tmp_path)), plan_of(wide(tmp_path, memory={"share": "lora"}))
+    base = alone.phases[0].parts["policy weights"]
+    assert "reference weights" not in shared.phases[0].parts
+    assert shared.phases[0].total < 1.02 * base < 0.5 * alone.phases[0].total
+    assert shared.phases[-1].parts["gradients"] < 0.02 * alone.phases[-1].parts["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("numel", "kind", "expected"),
+    [
+        (1 << 20, "adamw", 8 << 20),
+        (1 << 20, "adamw-8bit", (2 << 20) + (8 << 12) + 2048),
+        (1 << 20, "adamw-4bit", (1 << 20) + (8 << 13) + 128),
+        (4095, "adamw-8bit", 8 * 4095),
+        (4097, "adamw-4bit", 8 * 4097),
+    ],
+)
+def test_quantized_moments_come_with_scales_and_only_for_whole_blocks(numel: int, kind: str, expected: int) -> None:
+    assert moment_bytes(numel, kind) == expected

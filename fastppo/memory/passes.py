@@ -63,7 +63,7 @@ class Model:
     @property
     def adapted(self) -> bool:
         """Whether it learns by adapters."""
-        return self.memory.share == "lora" and self.kind != "reward"
+        return self.memory.share == "lora"
 
 
 def _adapted(model: PreTrainedModel, memory: MemoryConfig) -> PreTrainedModel:

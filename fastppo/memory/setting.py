@@ -95,5 +95,11 @@ def _reference(config: RunConfig, device: torch.device) -> Model | None:
     return _model(config.policy.reference or config.policy.path, "policy", config, device)
 
 
+def _reward(reward: RewardConfig, config: RunConfig, device: torch.device) -> Model:
+    if models.is_saved_adapter(reward.target):
+        return _model(config.policy.path, "reward", config, device, memory=config.memory)
+    return _model(reward.target, "reward", config, device, dtype=reward.dtype)
+
+
 def _reward_models(config: RunConfig) -> list[RewardConfig]:
     return [r for r in config.rewards if r.kind == "model"]

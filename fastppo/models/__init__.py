@@ -4,6 +4,7 @@ All roles are ordinary transformers models with packed attention and dropout off
 load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
 """
 
+from fastppo.models.adapter_files import is_saved_at as is_saved_adapter
 from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, kv_shape, require_context
 from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
@@ -35,6 +36,7 @@ __all__ = [
     "hidden_states",
     "is_adapted",
     "is_decoder",
+    "is_saved_adapter",
     "kv_bytes_per_token",
     "kv_shape",
     "lm_head",
