@@ -2,9 +2,10 @@
 
     python bench/flat_memory.py --steps 300
 
-Prints both every 25 iterations. Exit code 1 if memory at any of them after iteration 50 is more than 1 % above what it
-was then, or the number of open files differs. Checkpoints, evaluations and kept rollouts are a part of the run. oneDNN's
-cache of compiled kernels, one per shape and up to 1024 of them, is off: on a CPU it grows until every shape was seen.
+Prints both every 25 iterations. Exit code 1 if memory at any of them after iteration 50 is more than 1 % above what
+it was then, or the number of open files differs. Checkpoints, evaluations and kept rollouts are a part of the run.
+oneDNN's cache of compiled kernels, one per shape and up to 1024 of them, is off: on a CPU it grows until every shape
+was seen.
 """
 
 import argparse
