@@ -1,4 +1,4 @@
-"""The `fastppo` command: train, demo, doctor. The only file that knows the command-line library."""
+"""The `fastppo` command: train, demo, bench, doctor. The only file that knows the command-line library."""
 
 import argparse
 import functools
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"fastppo {__version__}")
         elif args[:1] == ["train"] and args[1:2] not in (["--help"], ["-h"]):
             train_with(args[1:])
+        elif args[:1] == ["bench"]:
+            run_bench(args[1:])
         else:
-            commands = {"train": train, "demo": demo, "doctor": doctor}
+            commands = {"train": train, "demo": demo, "bench": bench, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
     except (InputError, RewardError) as error:
         print(f"fastppo: {error}", file=sys.stderr)
@@ -108,6 +110,23 @@ def demo(out: str = "runs/demo", seed: int = 1) -> None:
         seed: of data, models and sampling.
     """
     run_demo(out, seed=seed)
+
+
+def bench(suite: tyro.conf.Positional[str]) -> None:
+    """Time kernels, PPO steps and rollouts against this machine's limits and other projects; `fastppo bench --help`.
+
+    Args:
+        suite: kernels, step, rollout, end-to-end, all; or compare, report.
+    """
+    run_bench([suite])
+
+
+def run_bench(args: list[str]) -> None:
+    """`fastppo bench` with what comes after it."""
+    from fastppo.bench.command import bench as command  # only here: other commands need none of it
+
+    if code := command(args):
+        raise SystemExit(code)
 
 
 def doctor() -> None:

@@ -1,9 +1,13 @@
-"""The one PPO setting every benchmark script here runs: model shape, seeds, prompts and PPO numbers."""
+"""The one PPO setting that the scripts of this folder run: model shape, seeds, prompts and PPO numbers.
+
+They are run as files, by the interpreter of the system that each is for, so nothing here needs fastppo.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -30,6 +34,7 @@ class PPOSetting:
     ppo_epochs: int = 2
     minibatches: int = 4
     learning_rate: float = 3e-6
+    adam_eps: float = 1e-8
     gamma: float = 1.0
     lam: float = 0.95
     clip_range: float = 0.2
@@ -51,6 +56,23 @@ class PPOSetting:
 
 
 SETTING = PPOSetting()
+QUICK = replace(SETTING, hidden_size=32, intermediate_size=64, layers=2, vocab_size=256, prompts=8, batch_size=8)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--iterations", type=int, default=4, help="PPO iterations; the first is a warm-up")
+    made.add_argument("--learning-rate", type=float, default=SETTING.learning_rate)
+    made.add_argument("--sampling-seed", type=int, default=SETTING.sampling_seed)
+    made.add_argument("--quick", action="store_true", help="a tiny setting: does it run?")
+    return made
+
+
+def setting_of(options: argparse.Namespace) -> PPOSetting:
+    """What the options change."""
+    chosen = QUICK if options.quick else SETTING
+    return replace(chosen, learning_rate=options.learning_rate, sampling_seed=options.sampling_seed)
 
 
 @dataclass
