@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo.bench import harness
+from fastppo.bench import arguments, harness
 from fastppo.bench.ops import OPS
 
 

@@ -58,18 +58,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train_with(args: Sequence[str]) -> None:
     """`fastppo train` with what comes after it."""
     require(len(args) > 0 and not args[0].startswith("-"), NO_RUN_FILE)
-    resume, overrides = parse_resume(args[1:])
-    folder = run_training(parse_run(args[0], overrides), resume=resume)
+    resume, profile, overrides = parse_start(args[1:])
+    folder = run_training(parse_run(args[0], overrides), resume=resume, profile=profile)
     if os.environ.get("RANK", "0") == "0":  # torchrun's; the process group is left by now
         report.summary(folder)
 
 
-def parse_resume(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Take `--resume` or `--resume DIR` out of the overrides; it is about this start, not about the run."""
+def parse_start(args: Sequence[str]) -> tuple[str | None, bool, list[str]]:
+    """Take `--resume`, `--resume DIR` and `--profile` out of the overrides: about this start, not about the run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", const=LATEST)
+    parser.add_argument("--profile", action="store_true")
     known, overrides = parser.parse_known_args(args)
-    return known.resume, overrides
+    return known.resume, known.profile, overrides
 
 
 def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
@@ -94,7 +95,7 @@ def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
 def train(run: tyro.conf.Positional[str]) -> None:
     """Run PPO as a TOML file says. Any key can be changed: `fastppo train RUN.toml --ppo.kl-coef 0.1`;
     `fastppo train RUN.toml --help` lists all of them. `--resume` goes on from the newest whole checkpoint of the run
-    folder, `--resume DIR` from that one.
+    folder, `--resume DIR` from that one; `--profile` writes trace.json.gz and profile.txt of three iterations into it.
 
     Args:
         run: the run file.

@@ -118,7 +118,8 @@ def compare(old: Path, new: Path, max_ratio: float) -> int:
     missing = [key for key in before if key not in after and key[2].startswith(OURS)]
     print(
         f"{len(common)} measurements compared, {len(moved)} moved beyond noise (bands of the rounds apart, by more "
-        f"than {RUN_TO_RUN - 1:.0%}), {len(worse)} slower by more than {max_ratio:g}x, {len(missing)} not measured again"
+        f"than {RUN_TO_RUN - 1:.0%}), {len(worse)} slower by more than {max_ratio:g}x, {len(missing)} not measured "
+        "again"
     )
     return len(worse)
 
