@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastppo import models
 from fastppo.bench import arguments, harness, lengths, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
@@ -149,11 +150,15 @@ def test_every_op_has_cases_that_pass_their_check(op: str):
 
 @pytest.mark.parametrize(("shape", "count"), PARAMETERS.items())
 def test_shapes_are_those_of_the_checkpoints(shape: str, count: int):
-    from fastppo import models
+    assert shapes.num_parameters(shapes.config_of(shape)) == count
 
-    with torch.device("meta"):
-        model = models.new_causal_lm(shapes.config_of(shape))
-    assert sum(p.numel() for p in model.parameters()) == count
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_parameters_are_counted_as_the_model_has_them(shape: str):
+    small = {"vocab_size": 96, "num_hidden_layers": 2, "hidden_size": 56, "intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14}
+    config = shapes.config_of(shape, **small, **(heads if shape.startswith("llama") else dict(list(heads.items())[:2])))
+    assert shapes.num_parameters(config) == sum(p.numel() for p in models.new_causal_lm(config).parameters())
 
 
 def test_an_unknown_shape_is_refused():
@@ -177,7 +182,7 @@ def test_operations_are_those_that_pytorch_counts():
     from transformers import AutoModelForCausalLM
 
     config = shapes.config_of("tiny", vocab_size=512)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     sizes, n = work.Sizes.of(model), 33
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, n, dtype=torch.int64))

@@ -29,7 +29,7 @@ from fastppo.bench.clock import Clock
 from fastppo.bench.lengths import lengths
 from fastppo.bench.machine import machine, seconds_per_call, yardstick
 from fastppo.bench.records import OURS, Record
-from fastppo.bench.shapes import config_of
+from fastppo.bench.shapes import config_of, num_parameters
 from fastppo.bench.step_settings import Setting, parser, settings
 
 PHASES = ("rollout", "reward", "logprobs", "reference", "values", "advantages", "update")
@@ -62,8 +62,7 @@ def cannot(setting: Setting, device: str) -> str | None:
     """Why a setting is not tried."""
     if setting.training == "lora":
         return "share = 'lora' is not in this version of fastppo"
-    with torch.device("meta"):
-        count = sum(p.numel() for p in models.new_causal_lm(config_of(setting.shape)).parameters())
+    count = num_parameters(config_of(setting.shape, vocab_size=setting.vocab_size))
     size = 4 if setting.dtype == "float32" else 2
     needed = count * (2 * (size + (12 if size == 4 else 16)) + 2 * size)  # two that learn, with masters; two frozen
     there = memory_bytes(device)
