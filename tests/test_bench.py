@@ -39,7 +39,7 @@ def measured(draw: random.Random, *, slower: float = 1.0, machine: float = 1.0, 
 
 
 def record(op: str, times: list[float], ticks: list[float] | None = None, variant: str = "fastppo") -> Record:
-    here = {"device": "cpu", "threads": 1, "commit": "abc", "versions": {}, "copy_gb_per_s": 10.0}
+    here = {"device": "cpu", "threads": 1, "commit": "abc", "versions": {}, "copy_gb_per_s": 10.0, "by_threads": {}}
     head = {"suite": "kernels", "op": op, "setting": {"R": 4}, "variant": variant, "machine": here}
     return head | {"rounds_ms": times, "yardstick_ms": ticks or [], "median_ms": sorted(times)[len(times) // 2]}
 
@@ -60,6 +60,18 @@ def test_a_slow_down_of_a_third_is_caught_and_a_rerun_is_silent(seed: int, tmp_p
     assert "10 measurements compared, 0 moved" in capsys.readouterr().out
     assert bench(["compare", str(old), str(slow)]) == 1
     assert capsys.readouterr().out.count("SLOWER") == 10
+
+
+def test_a_loss_of_threads_shows_on_the_wall_and_more_work_in_cpu_time(tmp_path: Path, capsys):
+    """Under load the wall clock alone would hide the second."""
+    draw, base = random.Random(0), record("a", [1.0] * 9, [1.0] * 9)
+    cpu = {"cpu_rounds_ms": [2.0] * 9, "yardstick_cpu_ms": [1.0] * 9}
+    loaded = {"rounds_ms": [math.exp(draw.gauss(0.3, 0.5)) for _ in range(9)]}
+    old = written(tmp_path / "old", [base | cpu])
+    waits = written(tmp_path / "waits", [base | cpu | {"rounds_ms": [1.3] * 9}])
+    works = written(tmp_path / "works", [base | loaded | cpu | {"cpu_rounds_ms": [2.6] * 9}])
+    assert [bench(["compare", str(old), str(new)]) for new in (old, waits, works)] == [0, 1, 1]
+    assert capsys.readouterr().out.count("SLOWER 1.30x") == 2
 
 
 @pytest.mark.parametrize("factor", [1.3, 0.7])
