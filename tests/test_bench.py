@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastppo import models
-from fastppo.bench import arguments, harness, lengths, pictures, records, shapes, step, work
+from fastppo.bench import arguments, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
 from fastppo.bench.ops import OPS
@@ -19,6 +19,7 @@ from fastppo.checks import InputError
 from fastppo.cli import main
 
 Record = records.Record
+ROOT = Path(__file__).parent.parent
 PARAMETERS = {  # of the checkpoints, tied heads counted once
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
@@ -271,6 +272,26 @@ def test_pictures_are_well_formed():
     assert len(points) == 1 and points[0][0].text == "a<b R=4: 50 GFLOP/s"
     bars = [record(op, [3.0]) for op in ("rollout", "update")]
     assert len(ET.fromstring(pictures.phase_bars(bars, step.PHASES))) == 1 + 2 * 7 + 1 + 7 + 1
+
+
+def test_the_committed_page_and_pictures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    made = pages.pages(Path("bench/results"), Path("docs/benchmarks.md"))
+    stale = [str(path) for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text]
+    assert stale == [], "run `fastppo bench report`"
+    assert {str(p) for p in Path("bench/results").glob("*.svg")} == {str(p) for p in made if p.suffix == ".svg"}
+
+
+def test_a_page_has_a_table_for_what_was_timed_and_a_reason_for_what_was_not(tmp_path: Path):
+    here = {"device": "A GPU", "threads": 1, "commit": "abc", "versions": {"torch": "2.13"}, "copy_gb_per_s": 10.0}
+    lines = [record("a", [1.0]), record("a", [2.0], variant="peer")]
+    lines = [line | {"machine": here, "median_ms": 1.5} for line in lines] + [
+        {"suite": "kernels", "op": "a", "setting": {"R": 4}, "variant": "absent", "skipped": "no", "machine": here}
+    ]
+    written(tmp_path / "results" / "x.jsonl", [*lines, lines[0] | {"median_ms": 9.25}])
+    (text,) = pages.pages(tmp_path / "results", tmp_path / "docs" / "page.md").values()
+    assert "## A GPU" in text and "absent: not timed, no" in text and "torch 2.13" in text
+    assert "| fastppo | 9.25 |  |" in text and "1.5" in text and text.count("| fastppo |") == 1  # the last one counts
 
 
 def test_records_are_json_without_nan():

@@ -14,13 +14,14 @@ from fastppo.bench.step import PHASES
 
 INTRO = """# Benchmarks
 
-Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again after adding some. Every value was
-checked against float64 before it was timed. Times are medians over rounds in which all variants ran in turn, with the
-20th and 80th percentiles; "x fastppo" is the median over rounds of the ratio. "of floor" is the least time that the
-least bytes or the least operations take at the copy and matmul rates measured on the same machine, over the time; "MFU"
-is the share of that matmul rate (for a step, model operations, none counted twice).
+Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again after adding some. What an op computes
+was checked against float64 before it was timed, and an iteration for its optimizer steps and its first ratio. Times are
+medians over rounds in which all variants ran in turn, with the 20th and 80th percentiles; "x fastppo" is the median
+over rounds of the ratio. "of floor" is the least time that the least bytes or the least operations take at the copy and
+matmul rates measured on the same machine, over the time; "MFU" is the share of that matmul rate (for a step, model
+operations, none counted twice).
 
-How to repeat them: `fastppo bench --help`, `bash bench/gpu_suite.sh`.
+[benchmarking.md](benchmarking.md) says how to repeat them.
 """
 COLUMNS = (  # name, heading, format
     ("median_ms", "median ms", ".4g"),
@@ -113,7 +114,7 @@ def machine_text(lines: Sequence[Record]) -> str:
         for r in group:
             versions |= r["machine"]["versions"] | r.get("peer_versions", {})
         named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-        driver = f", driver {here['driver']}" if "driver" in here else ""
+        driver = f", {here['driver']}" if "driver" in here else ""
         out.append(f"Commit {commit}, {here['threads']} threads{driver}; {rates or 'rates not measured'}. {named}.\n")
     return "\n".join(out)
 
