@@ -8,7 +8,7 @@
 # exit status is 1 if any did. PYTHON=... picks an interpreter with fastppo, pytest and hypothesis. No network is used:
 # --wheels installs what is missing from a folder (the peers are optional; a missing one is a row that says so):
 #   pip download --no-deps -d wheels hypothesis sortedcontainers tyro docstring-parser typeguard liger-kernel trl
-# --rehearse: the same parts on a CPU at tiny sizes, to see that they run.
+# --rehearse: the same parts on a CPU at tiny sizes, to see that they run; without the time budgets, which are a GPU's.
 set -uo pipefail
 usage="usage: bash bench/gpu_suite.sh [--out DIR] [--wheels DIR] [--rehearse]"
 out=$(dirname "$0")/results wheels="" rehearse=""
@@ -29,7 +29,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET FASTPPO_BACKEND # on a GPU the kernels are compiled
 if [[ -n $rehearse ]]; then
-    slug=rehearsal quick=(--device cpu --quick) models=() ops=(--dtypes float32 --entropy False)
+    slug=rehearsal quick=(--device cpu --quick --threads 1) models=() ops=(--dtypes float32 --entropy False)
 else
     slug=$("$PYTHON" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') ||
         { echo "no GPU: bash bench/gpu_suite.sh --rehearse runs the parts on a CPU" >&2; exit 2; }
@@ -46,7 +46,7 @@ part() { # name, seconds it may take, command...
     fi
     printf '\n=== [%4d s] %s\n' "$SECONDS" "$1"
     rm -f "$out/$slug-$1.jsonl"
-    timeout "$2" "${@:3}" 2>&1 | tee "$logs/$1.log" && touch "$logs/$1.done" || { echo "$1 FAILED"; failed=1; }
+    timeout "$([[ -n $rehearse ]] && echo 0 || echo "$2")" "${@:3}" 2>&1 | tee "$logs/$1.log" && touch "$logs/$1.done" || { echo "$1 FAILED"; failed=1; }
 }
 
 beside() { # name, command...: into a log of its own, beside the other jobs

@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def in_turn(options: argparse.Namespace, runs: list[list[str]]) -> tuple[dict[st
         PeerFailed: fastppo's own run.
     """
     pythons = {OURS: sys.executable, TRL: options.trl_python}
+    common = ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SCRIPTS}
     why: Record = {}
     for round_, more in enumerate(runs):
@@ -64,7 +66,7 @@ def in_turn(options: argparse.Namespace, runs: list[list[str]]) -> tuple[dict[st
             if name in why:
                 continue
             try:
-                row = run(pythons[name], script, *more, *(["--quick"] if options.quick else []))
+                row = run(pythons[name], script, *more, *common)
             except PeerFailed as error:
                 if name == OURS:
                     raise
@@ -79,7 +81,7 @@ def speed(options: argparse.Namespace) -> list[Record]:
     """Seconds of an iteration, all runs together, and the peak memory above the imports' own."""
     print("\nspeed")
     rows, why = in_turn(options, [["--iterations", str(options.iterations)]] * options.rounds)
-    setting = QUICK if options.quick else SETTING
+    setting = setting_of(options, SETTING.learning_rate)
     made = []
     for name in (name for name in SCRIPTS if name not in why):
         seconds = [s for row in rows[name] for s in row["seconds_per_iteration"][1:]]
@@ -102,7 +104,7 @@ def reward(options: argparse.Namespace) -> list[Record]:
     print(f"\nreward after {options.reward_iterations} iterations, {options.seeds} sampling seeds")
     common = ["--iterations", str(options.reward_iterations), "--learning-rate", str(options.learning_rate)]
     rows, why = in_turn(options, [[*common, "--sampling-seed", str(100 + i)] for i in range(options.seeds)])
-    setting = PPOSetting(**{**vars(QUICK if options.quick else SETTING), "learning_rate": options.learning_rate})
+    setting = setting_of(options, options.learning_rate)
     ends = {name: [statistics.fmean(row["rewards"][-LAST:]) for row in found] for name, found in rows.items()}
     made = []
     for name in (name for name in SCRIPTS if name not in why):
@@ -119,6 +121,11 @@ def reward(options: argparse.Namespace) -> list[Record]:
             }
         )
     return made + [head("ppo_reward", name, setting) | {"skipped": x} for name, x in why.items()]
+
+
+def setting_of(options: argparse.Namespace, learning_rate: float) -> PPOSetting:
+    chosen = QUICK if options.quick else SETTING
+    return replace(chosen, threads=options.threads, learning_rate=learning_rate)
 
 
 def _sd(values: list[float]) -> float:

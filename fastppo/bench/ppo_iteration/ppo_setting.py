@@ -65,6 +65,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--iterations", type=int, default=4, help="PPO iterations; the first is a warm-up")
     made.add_argument("--learning-rate", type=float, default=SETTING.learning_rate)
     made.add_argument("--sampling-seed", type=int, default=SETTING.sampling_seed)
+    made.add_argument("--threads", type=int, default=SETTING.threads)
     made.add_argument("--quick", action="store_true", help="a tiny setting: does it run?")
     return made
 
@@ -72,7 +73,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def setting_of(options: argparse.Namespace) -> PPOSetting:
     """What the options change."""
     chosen = QUICK if options.quick else SETTING
-    return replace(chosen, learning_rate=options.learning_rate, sampling_seed=options.sampling_seed)
+    names = ("learning_rate", "sampling_seed", "threads")
+    return replace(chosen, **{name: getattr(options, name) for name in names})
 
 
 @dataclass
