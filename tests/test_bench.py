@@ -63,6 +63,13 @@ def test_a_slow_down_of_a_third_is_caught_and_a_rerun_is_silent(seed: int, tmp_p
     assert capsys.readouterr().out.count("SLOWER") == 10
 
 
+def test_a_change_within_the_bands_of_the_rounds_is_noise(tmp_path: Path, capsys):
+    wide = [1.0, 1.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5]
+    old = written(tmp_path / "old", [record("a", wide)])
+    new = written(tmp_path / "new", [record("a", [x * 1.3 for x in wide])])
+    assert bench(["compare", str(old), str(new)]) == 0 and "0 moved" in capsys.readouterr().out
+
+
 def test_a_loss_of_threads_shows_on_the_wall_and_more_work_in_cpu_time(tmp_path: Path, capsys):
     """Under load the wall clock alone would hide the second."""
     draw, base = random.Random(0), record("a", [1.0] * 9, [1.0] * 9)

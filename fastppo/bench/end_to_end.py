@@ -4,9 +4,9 @@
 
 Same models, prompts, lengths, epochs, optimizer and seeds: `ppo_iteration/ppo_setting.py`. Each run is a process of its
 own; runs of the two alternate, so that a slow minute of the machine meets both. "speed" times iterations after a
-warm-up; "reward" trains 20 iterations at a rate at which the reward moves, from several sampling seeds, and compares
-the mean of the last 5. Sampling draws from different generators, so rewards agree within the spread over seeds, not
-exactly.
+warm-up; "reward" trains 20 iterations of a smaller setting, in which the reward moves, from several sampling seeds, and
+compares the mean of the last 5. Both systems draw from generators of their own, so rewards agree within the spread over
+seeds, not exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from fastppo.bench import arguments, records, work
 from fastppo.bench.machine import machine
-from fastppo.bench.ppo_iteration.ppo_setting import QUICK, SETTING, PPOSetting, build_policy
+from fastppo.bench.ppo_iteration.ppo_setting import SETTINGS, PPOSetting, build_policy
 from fastppo.bench.records import OURS, Record
 
 HERE = Path(__file__).parent / "ppo_iteration"
@@ -58,7 +58,7 @@ def in_turn(options: argparse.Namespace, runs: list[list[str]]) -> tuple[dict[st
         PeerFailed: fastppo's own run.
     """
     pythons = {OURS: sys.executable, TRL: options.trl_python}
-    common = ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
+    common = ["--threads", str(options.threads)]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SCRIPTS}
     why: Record = {}
     for round_, more in enumerate(runs):
@@ -80,8 +80,9 @@ def in_turn(options: argparse.Namespace, runs: list[list[str]]) -> tuple[dict[st
 def speed(options: argparse.Namespace) -> list[Record]:
     """Seconds of an iteration, all runs together, and the peak memory above the imports' own."""
     print("\nspeed")
-    rows, why = in_turn(options, [["--iterations", str(options.iterations)]] * options.rounds)
-    setting = setting_of(options, SETTING.learning_rate)
+    name = "quick" if options.quick else "speed"
+    rows, why = in_turn(options, [["--setting", name, "--iterations", str(options.iterations)]] * options.rounds)
+    setting = replace(SETTINGS[name], threads=options.threads)
     made = []
     for name in (name for name in SCRIPTS if name not in why):
         seconds = [s for row in rows[name] for s in row["seconds_per_iteration"][1:]]
@@ -102,9 +103,10 @@ def speed(options: argparse.Namespace) -> list[Record]:
 def reward(options: argparse.Namespace) -> list[Record]:
     """The mean reward at the end of training, over sampling seeds: the same problem has the same answer."""
     print(f"\nreward after {options.reward_iterations} iterations, {options.seeds} sampling seeds")
-    common = ["--iterations", str(options.reward_iterations), "--learning-rate", str(options.learning_rate)]
+    name = "quick" if options.quick else "learning"
+    common = ["--setting", name, "--iterations", str(options.reward_iterations)]
     rows, why = in_turn(options, [[*common, "--sampling-seed", str(100 + i)] for i in range(options.seeds)])
-    setting = setting_of(options, options.learning_rate)
+    setting = replace(SETTINGS[name], threads=options.threads)
     ends = {name: [statistics.fmean(row["rewards"][-LAST:]) for row in found] for name, found in rows.items()}
     made = []
     for name in (name for name in SCRIPTS if name not in why):
@@ -121,11 +123,6 @@ def reward(options: argparse.Namespace) -> list[Record]:
             }
         )
     return made + [head("ppo_reward", name, setting) | {"skipped": x} for name, x in why.items()]
-
-
-def setting_of(options: argparse.Namespace, learning_rate: float) -> PPOSetting:
-    chosen = QUICK if options.quick else SETTING
-    return replace(chosen, threads=options.threads, learning_rate=learning_rate)
 
 
 def _sd(values: list[float]) -> float:
@@ -172,9 +169,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--parts", nargs="+", choices=("speed", "reward"), default=["speed", "reward"])
     made.add_argument("--rounds", type=int, default=3, help="runs of each system")
     made.add_argument("--iterations", type=int, default=6, help="PPO iterations per run; the first is a warm-up")
-    made.add_argument("--seeds", type=int, default=3, help="runs of each system for the reward")
+    made.add_argument("--seeds", type=int, default=5, help="runs of each system for the reward")
     made.add_argument("--reward-iterations", type=int, default=20)
-    made.add_argument("--learning-rate", type=float, default=1e-4, help="of the runs for the reward")
     return made
 
 

@@ -56,25 +56,26 @@ class PPOSetting:
 
 
 SETTING = PPOSetting()
-QUICK = replace(SETTING, hidden_size=32, intermediate_size=64, layers=2, vocab_size=256, prompts=8, batch_size=8)
+SMALL = replace(SETTING, hidden_size=64, intermediate_size=256, layers=2, vocab_size=64)
+# Here the reward moves within 20 iterations.
+LEARNING = replace(SMALL, prompt_tokens=4, response_tokens=8, learning_rate=1e-3, kl_coef=0.01)
+QUICK = replace(SMALL, prompts=8, batch_size=8, response_tokens=8)
+SETTINGS = {"speed": SETTING, "learning": LEARNING, "quick": QUICK}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that every script has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--iterations", type=int, default=4, help="PPO iterations; the first is a warm-up")
-    made.add_argument("--learning-rate", type=float, default=SETTING.learning_rate)
+    made.add_argument("--setting", choices=SETTINGS, default="speed")
     made.add_argument("--sampling-seed", type=int, default=SETTING.sampling_seed)
     made.add_argument("--threads", type=int, default=SETTING.threads)
-    made.add_argument("--quick", action="store_true", help="a tiny setting: does it run?")
     return made
 
 
 def setting_of(options: argparse.Namespace) -> PPOSetting:
-    """What the options change."""
-    chosen = QUICK if options.quick else SETTING
-    names = ("learning_rate", "sampling_seed", "threads")
-    return replace(chosen, **{name: getattr(options, name) for name in names})
+    """The setting that is named, with what the options change."""
+    return replace(SETTINGS[options.setting], sampling_seed=options.sampling_seed, threads=options.threads)
 
 
 @dataclass
