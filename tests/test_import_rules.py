@@ -17,8 +17,10 @@ PACKAGES = {"fastppo": ROOT / "fastppo", "fastppo_kernels": ROOT / "kernels" / "
 
 PHASES = {f"fastppo.{name}" for name in ("rollout", "rewards", "score", "advantages", "update")}
 ABOVE_THE_PHASES = {"fastppo.engine", "fastppo.trainer", "fastppo.cli", "fastppo.__main__", "fastppo.<public names>"}
-SHARED = {"fastppo.batch", "fastppo.protocols", "fastppo.config", "fastppo.config_inputs"}
-STDLIB_ONLY = {"fastppo.config", "fastppo.config_inputs", "fastppo.checks"}
+CONFIGS = {f"fastppo.{name}" for name in ("config", "config_inputs", "config_vllm", "config_watch")}
+SHARED = {"fastppo.batch", "fastppo.protocols", *CONFIGS}
+STDLIB_ONLY = {*CONFIGS, "fastppo.checks"}
+VLLM_SIDE = "fastppo.rollout.server.fastppo_worker"
 MODEL_CLASSES = re.compile(r"transformers\.(.*\.)?(AutoModel\w*|\w+For(CausalLM|(Sequence|Token)Classification))")
 
 Import = tuple[str, int]  # (absolute dotted name, line)
@@ -76,6 +78,10 @@ def _broken_rule(module: str, owner: str, name: str) -> str | None:
     importer = ".".join(module.split(".")[:2])
     if root == "triton":
         return "Triton stays in fastppo_kernels"
+    if root == "vllm" and module != VLLM_SIDE:
+        return "vLLM lives in an environment and a process of its own"
+    if module == VLLM_SIDE and root == "fastppo":
+        return "there is no fastppo where vLLM runs"
     if root == "tyro" and importer != "fastppo.cli":
         return "only fastppo/cli.py imports tyro"
     if MODEL_CLASSES.fullmatch(name) and importer not in {"fastppo.models", "fastppo.bench"}:
@@ -134,6 +140,8 @@ def test_module_keeps_the_import_rules(module: str, file: Path):
         ("fastppo.update", "import triton.language as tl"),
         ("fastppo.engine", "from fastppo.trainer import train"),
         ("fastppo.trainer", "import tyro"),
+        ("fastppo.rollout.vllm", "from vllm import LLM"),
+        ("fastppo.rollout.server.fastppo_worker", "from fastppo.batch import Rollout"),
         ("fastppo.rewards", "from transformers import AutoModelForSequenceClassification"),
         ("fastppo.rewards", "import transformers\nmodel = transformers.AutoModel.from_pretrained(path)"),
         ("fastppo.engine", "from fastppo.bench.machine import machine"),
@@ -156,6 +164,7 @@ def test_planted_violation_is_found(module: str, source: str):
         ("fastppo.rewards", "from transformers import AutoTokenizer\nfrom fastppo.batch import Rollout"),
         ("fastppo.rollout.embedded", "from fastppo.rollout import sampling\nfrom fastppo_kernels import sample"),
         ("fastppo.engine", "from fastppo.score import score\nfrom fastppo.update import update"),
+        ("fastppo.rollout.server.fastppo_worker", "import vllm\nimport safetensors\nimport torch"),
     ],
 )
 def test_permitted_import_is_not_reported(module: str, source: str):
