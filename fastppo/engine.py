@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -287,9 +286,7 @@ class PPOEngine:
             metrics[f"{name}/skipped_steps"] = float(role.skipped)
             role.next_iteration()
         self.version += 1
-        start = time.perf_counter()
         self.rollout_engine.sync_weights(self.policy, self.version)
-        metrics["time/sync"] = time.perf_counter() - start
 
 
 def _as_scores(scores: Tensor | SampleScores, rollout: Rollout) -> Scores:
