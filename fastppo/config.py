@@ -11,6 +11,7 @@ from typing import Literal
 from fastppo.checks import require, require_positive, require_unit
 from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
 from fastppo.config_vllm import VLLMConfig
+from fastppo.config_watch import WatchConfig
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
@@ -49,6 +50,11 @@ class RolloutConfig:
     kv_gib: float | None = None
     """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of
     what is free, on a CPU no limit."""
+    cuda_graphs: bool = True
+    """On a GPU, the embedded engine replays its decode steps as CUDA graphs; False: it launches them one by one."""
+    keep_memory: bool = False
+    """The embedded engine keeps the memory of keys and values, and its graphs, for the next rollout: quicker, but the
+    update has that much less."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
@@ -139,6 +145,10 @@ class PPOConfig:
     """Tokens per sequence that `constant` aggregation divides by (Dr.GRPO, arXiv:2503.20783); None: max_new_tokens."""
     importance_cap: float | None = None
     """Truncated importance weight min(trainer / sampler, cap) on every token; None: off. Needs recomputed log-probs."""
+    max_skipped_steps: int = 8
+    """Optimizer steps in a row that may be skipped because loss or gradient was not finite; 0: no limit."""
+    on_max_skipped: Literal["stop", "roll_back"] = "stop"
+    """What then: end the run, or go on with weights and optimizer of the last checkpoint before the first of them."""
     critic_warmup_steps: int = 0
     """First iterations in which only the critic learns; they count in the policy's learning-rate schedule too."""
 
@@ -149,9 +159,10 @@ class PPOConfig:
         require_unit("ppo", self, "gamma", "lam")
         require(0 <= self.clip_low < 1, f"ppo.clip_low must be in [0, 1), got {self.clip_low}")
         require(self.clip_high >= 0, f"ppo.clip_high must be >= 0, got {self.clip_high}")
-        for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps"):
+        for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps", "max_skipped_steps"):
             require(0 <= getattr(self, name) < math.inf, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
-        require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
+        dual = self.dual_clip is None or 1 < self.dual_clip < math.inf
+        require(dual, f"ppo.dual_clip must be > 1 and finite, got {self.dual_clip}")
         finite = math.isfinite(self.missing_eos_score)
         require(finite, f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
         require(
@@ -213,7 +224,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self.lr >= 0 and math.isfinite(self.lr), f"optimizer lr must be finite and >= 0, got {self.lr}")
         require_positive("optimizer", self, "eps", "max_grad_norm")
-        require(self.weight_decay >= 0, f"optimizer weight_decay must be >= 0, got {self.weight_decay}")
+        decays = 0 <= self.weight_decay < math.inf
+        require(decays, f"optimizer weight_decay must be finite and >= 0, got {self.weight_decay}")
         require(self.warmup_steps >= 0, f"optimizer warmup_steps must be >= 0, got {self.warmup_steps}")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer betas must be in [0, 1), got {self.betas}")
 
@@ -234,6 +246,13 @@ class TrainConfig:
     """Iterations between checkpoints; 0: only the final one, and nothing survives what cannot be caught."""
     keep_last: int = 2
     """Of the checkpoints that save_every makes, how many of the last stay on disk; 0: all."""
+    keep_best: bool = False
+    """Keep the state after the evaluation with the highest eval/scores too, as checkpoints/best."""
+    async_save: bool = True
+    """Write checkpoints beside training, from a copy in host memory; False: training waits, and nothing is copied."""
+    keep_rollouts: bool = True
+    """Keep the finished rollout that follows a checkpoint, and its scores: a run that goes on from there takes it. Not
+    with rollout.one_step_off, where the one after it has begun."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written."""
 
@@ -262,9 +281,13 @@ class RunConfig:
     """Of sampling, prompt order and minibatches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time; slower on a GPU, where one that cannot is an error."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         require(len(self.rewards) > 0, "rewards is empty: give at least one [[rewards]] table with kind and target")
+        require(0 <= self.seed < 2**62, f"seed must be in [0, 2**62), got {self.seed}")
         names = [r.log_name for r in self.rewards]
         require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
         sequences = self.rollout.num_prompts * self.rollout.samples_per_prompt
@@ -279,6 +302,11 @@ class RunConfig:
             f"ppo.advantage = {self.ppo.advantage!r} compares samples of one prompt: rollout.samples_per_prompt "
             f"must be >= 2, got {self.rollout.samples_per_prompt}",
         )
+        require(
+            not self.train.keep_best or self.data.eval_prompts is not None,
+            "train.keep_best goes by eval/scores: set data.eval_prompts",
+        )
+        self.watch.check_judge(names, has_evaluation=self.data.eval_prompts is not None)
         has_model = any(r.kind == "model" for r in self.rewards)
         require(
             self.critic.init != "reward" or has_model,

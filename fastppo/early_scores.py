@@ -55,6 +55,16 @@ class EarlyScores:
             queue.pool.shutdown(wait=False, cancel_futures=True)
 
 
+class Heard:
+    """A `Reward` that may have scored some samples of a rollout already."""
+
+    def __init__(self, reward: Reward, early: EarlyScores) -> None:
+        self.name, self.reward, self.early = reward.name, reward, early
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Any]:
+        return self.early.scores(self.reward, samples)
+
+
 class _Queue:
     """Responses that wait for one reward, and its thread."""
 

@@ -30,25 +30,42 @@ class Trainable:
     config: OptimizerConfig
     total_steps: int  # PPO iterations that the schedule spans
     iteration: int = 0
-    skipped: int = 0  # steps not taken because the gradient was not finite
+    skipped: int = 0  # steps not taken because loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    fault: str = ""  # why the last step that was skipped in this iteration was, and in which tensor
 
     @property
     def rate(self) -> float:
         """Learning rate of this PPO iteration."""
         return self.config.lr * learning_rate_factor(self.config, self.total_steps, self.iteration)
 
-    def step(self) -> float:
-        """Clip and step; a gradient that is not finite leaves everything as it is. Returns the gradient's norm."""
+    def step(self, loss: Tensor | float = 0.0) -> float:
+        """Clip and step; a gradient or `loss` that is not finite leaves everything as it is.
+
+        Returns:
+            The gradient's norm, before clipping; NaN or infinity for a step that was skipped.
+        """
         distributed.sum_gradients(self.masters)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
-        if norm < math.inf:  # False for NaN too
+        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        total = float(norm + 0 * loss)  # 0 * infinity is NaN: the device is asked once
+        if total < math.inf:  # False for NaN too
+            torch.nn.utils.clip_grads_with_norm_(self.masters, limit, norm)
             self.optimizer.step()
             self._publish()
+            self.skipped_in_a_row = 0
         else:
-            self.skipped += 1
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            self.fault = self._fault(float(loss))
         self.zero_grad()
-        return norm
+        return total
+
+    def _fault(self, loss: float) -> str:
+        """What is not finite: the loss, the first tensor of the gradient, or only the norm of all."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            if master.grad is not None and (bad := int((~master.grad.isfinite()).sum())):
+                return f"{bad} of {master.numel()} entries of the gradient of {name!r} are not finite (loss {loss:.3g})"
+        return f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is beyond float32"
 
     def next_iteration(self) -> None:
         """Move the schedule on: it counts PPO iterations, also those in which every step was skipped."""
@@ -63,6 +80,8 @@ class Trainable:
     def zero_grad(self) -> None:
         """Drop the gradient accumulated so far."""
         self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None  # what a backward that failed has not yet given to its master
 
     def snapshot(self) -> list[Any]:
         """Weights and optimizer state, to `restore`."""
@@ -118,7 +137,7 @@ class Trainable:
 def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> Trainable:
     """AdamW on every parameter that requires a gradient."""
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
-    masters = [p if p.dtype == torch.float32 else _master(p) for p in parameters]
+    masters = [p if p.dtype == torch.float32 else take_gradients(p) for p in parameters]
     optimizer = torch.optim.AdamW(
         masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
@@ -135,7 +154,7 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -
     return warmup * decay[config.schedule]
 
 
-def _master(parameter: torch.nn.Parameter) -> Tensor:
+def take_gradients(parameter: torch.nn.Parameter) -> Tensor:
     """A float32 copy that takes over each micro-batch's gradient as soon as it is there."""
     master = parameter.detach().float().requires_grad_()
 

@@ -1,12 +1,12 @@
 """The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fastppo import distributed, models, probe
 from fastppo.aggregate import loss_weights
@@ -15,6 +15,7 @@ from fastppo.checks import RolloutError
 from fastppo.config import PPOConfig
 from fastppo.microbatch import MicroBatch, microbatches
 from fastppo.optimizer import Trainable
+from fastppo.out_of_memory import Portion
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
@@ -44,9 +45,13 @@ class Minibatch:
 
 def update(
     policy: Trainable, critic: Trainable | None, experience: Experience, config: PPOConfig, objective: Objective,
-    generator: torch.Generator,
+    generator: torch.Generator, budget: Portion,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve policy and critic on one batch of experience; returns the metrics of the update."""
+    """Improve policy and critic on one batch of experience; returns the metrics of the steps that were taken.
+
+    `budget`: tokens per micro-batch. Where memory runs out, the gradient of the same minibatch is made again in smaller
+    micro-batches: no step has been taken by then, and no random number drawn.
+    """
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
@@ -59,7 +64,7 @@ def update(
             if objective.train_policy and drift is None:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
                 measures = objective.gap_limit is not None and not policy_stats
-                stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh, measures)
+                stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, measures, budget)
                 if measures:
                     _check_gap(policy, stats, experience, objective)
                 if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
@@ -68,12 +73,17 @@ def update(
                     if before:
                         policy.restore(before)
                 else:
-                    policy_stats.append(stats)
                     before = policy.snapshot() if config.roll_back else []
-                    norms["policy"].append(policy.step())
+                    norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
+                    if norm < math.inf:  # else the step was skipped
+                        policy_stats.append(stats)
+                        norms["policy"].append(norm)
             if critic is not None:
-                value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
-                norms["critic"].append(critic.step())
+                stats = _value_gradient(critic, experience, minibatch, config, budget)
+                norm = critic.step(stats["value_loss_sum"])
+                if norm < math.inf:
+                    value_stats.append(stats)
+                    norms["critic"].append(norm)
     metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms["policy"]))}
     metrics |= {} if drift is None else {"policy/kl_at_stop": drift}
     return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
@@ -111,15 +121,15 @@ def _minibatches(
 
 
 def _policy_gradient(
-    model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
-    fresh: bool, measures: bool,
+    policy: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
+    fresh: bool, measures: bool, budget: Portion,
 ) -> Stats:  # fmt: skip
     """Accumulate the gradient of the policy loss over the micro-batches; the loss is sum_i weights_i * l_i."""
-    head = models.lm_head(model)
-    parts = []
-    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+    head = models.lm_head(policy.model)
+
+    def backward(batch: MicroBatch) -> Stats:
         loss, stats = linear_ppo_loss(
-            models.hidden_states(model, batch)[batch.rows],
+            models.hidden_states(policy.model, batch)[batch.rows],
             head.weight,
             batch.targets,
             None if fresh else _take(experience.logprobs, batch),
@@ -140,26 +150,45 @@ def _policy_gradient(
             sampler_logprobs=_take(experience.rollout.logprobs, batch) if measures else None,
         )
         loss.backward()
-        parts.append(stats)
-    return distributed.reduce_stats(merge_stats(parts))
+        return stats
+
+    return _accumulated(policy, experience, minibatch, budget, backward)
 
 
-def _value_gradient(model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig) -> Stats:
-    assert experience.values is not None and experience.returns is not None
-    head = models.value_head(model)
-    parts = []
-    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+def _value_gradient(
+    critic: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, budget: Portion
+) -> Stats:
+    values, returns = experience.values, experience.returns
+    assert values is not None and returns is not None
+    head = models.value_head(critic.model)
+
+    def backward(batch: MicroBatch) -> Stats:
         loss, stats = linear_value_loss(
-            models.hidden_states(model, batch)[batch.rows],
+            models.hidden_states(critic.model, batch)[batch.rows],
             head.weight[0],
             head.bias,
-            experience.values[batch.actions],
-            experience.returns[batch.actions],
+            values[batch.actions],
+            returns[batch.actions],
             minibatch.weights[batch.actions],
             clip=config.value_clip,
         )
         (config.value_coef * loss).backward()
-        parts.append(stats)
+        return stats
+
+    return _accumulated(critic, experience, minibatch, budget, backward)
+
+
+def _accumulated(
+    role: Trainable, experience: Experience, minibatch: Minibatch, budget: Portion,
+    backward: Callable[[MicroBatch], Stats],
+) -> Stats:  # fmt: skip
+    """The statistics of a minibatch, `backward` having been through its micro-batches, on every rank."""
+    lengths = experience.rollout.cu_seqlens.diff()[minibatch.sequences].tolist()
+
+    def attempt(max_tokens: int) -> list[Stats]:
+        return [backward(batch) for batch in microbatches(experience.rollout, max_tokens, minibatch.sequences)]
+
+    parts = budget.run("the update", attempt, smallest=max(lengths), whole=sum(lengths), undo=role.zero_grad)
     return distributed.reduce_stats(merge_stats(parts))
 
 
@@ -214,6 +243,4 @@ def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
 
 
 def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
-    """Means over the steps that were taken; a skipped one has no finite norm."""
-    taken = {role: [x for x in values if math.isfinite(x)] for role, values in norms.items()}
-    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in taken.items() if values}
+    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}

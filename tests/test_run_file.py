@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import runs
-from fastppo import RunConfig, config, config_inputs, load_config
+from fastppo import RunConfig, config, config_inputs, config_watch, load_config
 from fastppo.run_file import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {
@@ -80,14 +80,15 @@ def test_every_key_has_a_line_of_help() -> None:
     """A string below the field, which `fastppo train RUN.toml --help` prints."""
     silent = [
         f"{cls.name}.{key.target.id}"
-        for module in (config, config_inputs)
+        for module in (config, config_inputs, config_watch)
         for cls in ast.parse(inspect.getsource(module)).body
         if isinstance(cls, ast.ClassDef)
         for key, after in itertools.pairwise([*cls.body, ast.Pass()])
         if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
         if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant))
     ]
-    tables = [field.name for field in dataclasses.fields(RunConfig) if field.name not in ("out", "seed", "device")]
+    values = ("out", "seed", "device", "deterministic")
+    tables = [field.name for field in dataclasses.fields(RunConfig) if field.name not in values]
     assert silent == [f"RunConfig.{name}" for name in tables]  # whose help is their class's
 
 
@@ -142,7 +143,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "out of range": (changed(ppo={"clip_low": 1.0}), "ppo.clip_low must be in [0, 1), got 1.0"),
     "negative": (changed(ppo={"kl_coef": -0.1}), "ppo.kl_coef must be >= 0, got -0.1"),
     "nan coefficient": (changed(ppo={"entropy_coef": float("nan")}), "ppo.entropy_coef must be >= 0, got nan"),
-    "dual clip": (changed(ppo={"dual_clip": 0.5}), "ppo.dual_clip must be > 1, got 0.5"),
+    "dual clip": (changed(ppo={"dual_clip": 0.5}), "ppo.dual_clip must be > 1 and finite, got 0.5"),
     "rate": (changed(critic_optimizer={"lr": float("inf")}), "lr must be finite and >= 0, got inf"),
     "template": (changed(data={"template": "Q: "}), "data.template must contain '{prompt}', got 'Q: '"),
     "function": (changed(rewards=[{"kind": "function", "target": "m.f"}]), "must be 'module:function', got 'm.f'"),

@@ -4,9 +4,10 @@ All roles are ordinary transformers models with packed attention and dropout off
 load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
 """
 
-from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, require_context
-from fastppo.models.files import has_tokenizer, load_tokenizer, save
+from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, kv_shape, require_context
+from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
+from fastppo.models.outline import outline
 from fastppo.models.prepare import frozen, prepare, to_device
 from fastppo.models.roles import (
     critic_from,
@@ -31,6 +32,7 @@ __all__ = [
     "hidden_states",
     "is_decoder",
     "kv_bytes_per_token",
+    "kv_shape",
     "lm_head",
     "load_critic",
     "load_policy",
@@ -38,9 +40,11 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "new_causal_lm",
+    "outline",
     "prepare",
     "prepare_policy",
     "reference_of",
+    "read_config",
     "require_context",
     "reward_model_from",
     "save",

@@ -1,6 +1,7 @@
 """Rollout engines, one file each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,6 +20,13 @@ def make_engine(
     """The engine that a run file names."""
     if config.engine == "vllm":
         return VLLMEngine(policy, eos_token_ids=eos_token_ids, config=config.vllm, max_rows=config.max_rows, seed=seed)
-    kind = {"embedded": EmbeddedEngine, "generate_batch": GenerateBatchEngine}[config.engine]
-    kv_bytes = None if config.kv_gib is None else int(config.kv_gib * 2**30)
-    return kind(policy, eos_token_ids=eos_token_ids, max_rows=config.max_rows, kv_bytes=kv_bytes, seed=seed)
+    sizes: dict[str, Any] = {
+        "max_rows": config.max_rows,
+        "kv_bytes": None if config.kv_gib is None else int(config.kv_gib * 2**30),
+    }
+    if config.engine == "generate_batch":
+        return GenerateBatchEngine(policy, eos_token_ids=eos_token_ids, seed=seed, **sizes)
+    return EmbeddedEngine(
+        policy, eos_token_ids=eos_token_ids, seed=seed, cuda_graphs=config.cuda_graphs, keep_memory=config.keep_memory,
+        **sizes,
+    )  # fmt: skip
