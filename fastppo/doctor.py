@@ -18,6 +18,8 @@ PACKAGES = {
     "transformers": "required",
     "safetensors": "required",
     "flash-attn": "optional: packed attention in half precision on CUDA; PyTorch's varlen kernel without it",
+    "peft": "optional: memory.share = 'lora'",
+    "torchao": "optional: optimizer kinds 'adamw-8bit' and 'adamw-4bit'",
     "tensorboard": "optional: train.loggers = ['tensorboard']",
     "wandb": "optional: train.loggers = ['wandb']",
     "trackio": "optional: train.loggers = ['trackio']",
