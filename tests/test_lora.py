@@ -158,6 +158,14 @@ def test_forwards_and_backwards_of_roles_may_interleave(order: tuple[int, ...]) 
         assert len(gradient) == 28 and largest_gap(gradients(model), gradient) <= 1e-5
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_role_recomputes_or_not_as_it_is_told(recompute: bool) -> None:
+    policy = adapted(gradient_checkpointing=not recompute)
+    critic = models.critic_from(policy, gradient_checkpointing=recompute)
+    for model, wanted in ((policy, not recompute), (critic, recompute)):
+        assert {m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")} == {wanted}
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_the_trap_is_there_with_one_active_adapter() -> None:
     """What the test above would see: peft's own way, an adapter switched between forward and backward."""
