@@ -13,9 +13,10 @@ import tyro
 
 from fastppo import __version__, report
 from fastppo import doctor as doctor_module
-from fastppo.checks import InputError, require
+from fastppo.checks import InputError, RolloutError, require
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
+from fastppo.faults import NonFiniteError
 from fastppo.memory import report as memory_report
 from fastppo.memory.start import plan_run
 from fastppo.out_of_memory import OutOfMemory
@@ -23,8 +24,17 @@ from fastppo.resume import LATEST
 from fastppo.rewards import RewardError
 from fastppo.run_file import load_config
 from fastppo.trainer import train as run_training
+from fastppo.watch import DriftError
 
 DESCRIPTION = "PPO for language models. `fastppo --version` prints the version."
+RUN_ERRORS = (
+    RewardError,
+    RolloutError,
+    NonFiniteError,
+    DriftError,
+    OutOfMemory,
+    OSError,
+)  # ends of a run that the message explains
 NO_RUN_FILE = (
     "train needs a run file, before any option: fastppo train RUN.toml --ppo.kl-coef 0.1; "
     "README.md shows one, `fastppo train --help` says more"
@@ -32,7 +42,7 @@ NO_RUN_FILE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input ends with one line on stderr and exit code 2, a failed reward or no memory left with 1.
+    """Entry point. Bad input ends with one line on stderr and exit code 2, what ends a run with exit code 1.
 
     Ctrl-C ends with 130, SIGTERM while a run trains with 0: the run is saved.
     """
@@ -51,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             commands = {"train": train, "plan": plan, "demo": demo, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
-    except (InputError, RewardError, OutOfMemory) as error:
+    except (InputError, *RUN_ERRORS) as error:
         print(f"fastppo: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from error
     except KeyboardInterrupt as error:

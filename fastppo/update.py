@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppo import distributed, models
+from fastppo import distributed, models, probe
 from fastppo.aggregate import loss_weights
 from fastppo.batch import Experience
+from fastppo.checks import RolloutError
 from fastppo.config import PPOConfig
 from fastppo.microbatch import MicroBatch, microbatches
 from fastppo.optimizer import Trainable
@@ -17,7 +18,6 @@ from fastppo.out_of_memory import Portion
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
-EXACT_GAP = 1e-3  # nats, mean over the tokens of a minibatch; rounding gives 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Objective:
     loss_divisor: float
     train_policy: bool
     on_policy: bool  # the policy is still the one whose log-probs the experience holds
+    gap_limit: float | None = None  # of the sampler's log-probs in the first minibatch; None: `score` has measured them
 
 
 @dataclass
@@ -45,7 +46,7 @@ def update(
     policy: Trainable, critic: Trainable | None, experience: Experience, config: PPOConfig, objective: Objective,
     generator: torch.Generator, budget: Portion,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve policy and critic on one batch of experience; returns the metrics of the update.
+    """Improve policy and critic on one batch of experience; returns the metrics of the steps that were taken.
 
     `budget`: tokens per micro-batch. Where memory runs out, the gradient of the same minibatch is made again in smaller
     micro-batches: no step has been taken by then, and no random number drawn.
@@ -61,35 +62,41 @@ def update(
                 continue  # no action trains: a step would only follow Adam's momentum
             if objective.train_policy and drift is None:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
-                stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, budget)
-                _check_gap(policy, stats, experience)
+                measures = objective.gap_limit is not None and not policy_stats
+                stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, measures, budget)
+                if measures:
+                    _check_gap(policy, stats, experience, objective)
                 if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
                     drift = kl
                     policy.zero_grad()
                     if before:
                         policy.restore(before)
                 else:
-                    policy_stats.append(stats)
                     before = policy.snapshot() if config.roll_back else {}
-                    norms["policy"].append(policy.step())
+                    norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
+                    if norm < math.inf:  # else the step was skipped
+                        policy_stats.append(stats)
+                        norms["policy"].append(norm)
             if critic is not None:
-                value_stats.append(_value_gradient(critic, experience, minibatch, config, budget))
-                norms["critic"].append(critic.step())
+                stats = _value_gradient(critic, experience, minibatch, config, budget)
+                norm = critic.step(stats["value_loss_sum"])
+                if norm < math.inf:
+                    value_stats.append(stats)
+                    norms["critic"].append(norm)
     metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms["policy"]))}
     metrics |= {} if drift is None else {"policy/kl_at_stop": drift}
     return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
 
 
-def _check_gap(policy: Trainable, stats: Stats, experience: Experience) -> None:
-    """Sampler and trainer run one module, so their log-probs differ by rounding, or something is broken (P6)."""
-    if "gap_sum" in stats and experience.rollout.exact and (gap := _mean(stats, "gap_sum")) > EXACT_GAP:
+def _check_gap(policy: Trainable, stats: Stats, experience: Experience, objective: Objective) -> None:
+    """The first forward is also a probe of the sampler, before anything is trained on what it drew (P6)."""
+    assert objective.gap_limit is not None
+    gap = probe.Gap(_mean(stats, "gap_sum"), float(stats["gap_max"]))
+    try:
+        probe.require_close(gap, objective.gap_limit, exact=experience.rollout.exact)
+    except RolloutError:
         policy.zero_grad()
-        raise RuntimeError(
-            f"the sampler's log-probs are {gap:.3g} nats a token off the trainer's (largest gap "
-            f"{float(stats['gap_max']):.3g}), although both run one float32 module (legal: {EXACT_GAP}): it decodes "
-            "with a cache differently from how it is trained, products are in TF32 or under autocast, or a router is "
-            "near a tie. Nothing was updated; rollout.old_logprobs = 'recompute' with ppo.importance_cap corrects it"
-        )
+        raise
 
 
 def _minibatches(
@@ -114,7 +121,7 @@ def _minibatches(
 
 def _policy_gradient(
     policy: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
-    fresh: bool, budget: Portion,
+    fresh: bool, measures: bool, budget: Portion,
 ) -> Stats:  # fmt: skip
     """Accumulate the gradient of the policy loss over the micro-batches; the loss is sum_i weights_i * l_i."""
     head = models.lm_head(policy.model)
@@ -139,7 +146,7 @@ def _policy_gradient(
             old_kl_coef=objective.old_kl_coef,
             entropy_coef=config.entropy_coef,
             is_weights=_take(experience.is_weights, batch),
-            sampler_logprobs=_take(experience.rollout.logprobs, batch) if fresh else None,
+            sampler_logprobs=_take(experience.rollout.logprobs, batch) if measures else None,
         )
         loss.backward()
         return stats
@@ -235,6 +242,4 @@ def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
 
 
 def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
-    """Means over the steps that were taken; a skipped one has no finite norm."""
-    taken = {role: [x for x in values if math.isfinite(x)] for role, values in norms.items()}
-    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in taken.items() if values}
+    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}

@@ -41,8 +41,9 @@ def saved(folder: Path, dtype: str) -> Path:
     """A checkpoint of 400 MB in float32, and a reward model's beside it."""
     config = LlamaConfig(
         vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=8,
-        num_labels=1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
+    config.num_labels = 1
     for cls, name in ((AutoModelForCausalLM, "model"), (AutoModelForSequenceClassification, "model-r")):
         cls.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder / name)
     return folder / "model"

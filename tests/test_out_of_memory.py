@@ -15,6 +15,7 @@ from fastppo.batch import Sampling
 from fastppo.cli import main
 from fastppo.out_of_memory import OutOfMemory, is_out_of_memory
 from fastppo.resume import LATEST
+from fastppo.rollout.decoder import Decoder
 from fastppo.rollout.embedded import EmbeddedEngine
 from fastppo.trainer import train
 
@@ -94,7 +95,7 @@ def test_a_gradient_that_was_not_handed_to_its_master_is_not_counted_twice() -> 
             left.pop()
             _fail()
 
-    policies[1].base_model.layers[1].mlp.up_proj.weight.register_post_accumulate_grad_hook(fail_once)
+    policies[1].get_parameter("model.layers.1.mlp.up_proj.weight").register_post_accumulate_grad_hook(fail_once)
     made = [engine(policy, ppo=PPO) for policy in policies]
     for one in made:
         iteration(one)
@@ -170,7 +171,7 @@ def test_a_rollout_that_ran_out_of_memory_draws_the_same_tokens(share: int, monk
     sampling = Sampling(max_new_tokens=9, samples_per_prompt=share, seed=3)
     expected = EmbeddedEngine(tiny.policy()).generate(prompts(), sampling)
     made = EmbeddedEngine(tiny.policy())
-    inner, started = EmbeddedEngine.__module__ + "._Job._step", []
+    inner, started = "fastppo.rollout.decoder.Decoder._step", []
 
     def step(job: Any) -> None:
         if job.live > 3:
@@ -178,9 +179,7 @@ def test_a_rollout_that_ran_out_of_memory_draws_the_same_tokens(share: int, monk
             raise torch.OutOfMemoryError(REASON)
         original(job)
 
-    from fastppo.rollout.embedded import _Job
-
-    original = _Job._step
+    original = Decoder._step
     monkeypatch.setattr(inner, step)
     found = made.generate(prompts(), sampling)
     assert started and made.rows.size <= 3

@@ -8,7 +8,7 @@ import torch
 from fastppo.memory import passes
 from fastppo.memory.ledger import Parts
 from fastppo.memory.passes import GRADIENTS, MASTERS, WEIGHTS, Load, Model
-from fastppo.rollout.embedded import PREFILL_TOKENS, SPAN
+from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
 
 GIB = 1 << 30
 REWARD_TOKENS = 1 << 14  # of samples that a reward model reads at a time

@@ -1,5 +1,6 @@
 """Packed attention on, dropout off, and the checks that packing and head are what fastppo takes them for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def set_up(
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """The ratio of a policy to itself is 1 only without dropout (N+ details, policy 4)."""
+    remember_dropout(model, {name: getattr(model.config, name) for name in dropout_keys(model.config)})
     for name in dropout_keys(model.config):
         setattr(model.config, name, 0.0)
     for module in model.modules():
@@ -67,6 +69,12 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         for name in [k for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)]:
             setattr(module, name, 0.0)  # read from the config when the module was made
     return model
+
+
+def remember_dropout(model: PreTrainedModel, rates: Mapping[str, float]) -> None:
+    """What the config said before it was switched off; `models.save` writes it back."""
+    known: dict[str, float] = getattr(model, "dropout_rates", {})
+    model.dropout_rates = {**known, **{name: rate for name, rate in rates.items() if rate}}  # pyright: ignore
 
 
 def dropout_keys(config: Any) -> list[str]:

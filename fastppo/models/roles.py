@@ -22,7 +22,7 @@ from fastppo.config import ModelConfig
 from fastppo.models import adapter_files, lora
 from fastppo.models.files import load, read, read_config, refuse_damaged
 from fastppo.models.heads import HEADS, head_name, is_decoder, lm_head, value_head
-from fastppo.models.prepare import check_head, frozen, prepare, to_device, without_dropout
+from fastppo.models.prepare import check_head, frozen, prepare, remember_dropout, to_device, without_dropout
 
 
 def load_policy(config: ModelConfig) -> PreTrainedModel:
@@ -150,6 +150,7 @@ def _with_body_of(model: PreTrainedModel, cls: Any) -> PreTrainedModel:
     config.num_labels = 1
     other = cls.from_config(config, dtype=model.dtype).to(model.device)
     getattr(other, other.base_model_prefix).load_state_dict(model.base_model.state_dict())
+    remember_dropout(other, getattr(model, "dropout_rates", {}))
     return other
 
 
