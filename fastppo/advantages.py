@@ -14,6 +14,8 @@ from fastppo.checks import require
 from fastppo.config import AdvantageEstimator, PPOConfig
 from fastppo_kernels import gae, token_rewards, whiten
 
+WHITEN_EPS = 1e-8  # that of fastppo_kernels.whiten
+
 
 @dataclass
 class RunningMoments:
@@ -26,6 +28,8 @@ class RunningMoments:
     def update(self, x: Tensor) -> None:
         """Merge a batch in."""
         n = float(distributed.sum_over_ranks(x.new_tensor(float(x.numel()), dtype=torch.float64)))
+        if n == 0:
+            return
         mean = float(distributed.sum_over_ranks(x.double().sum())) / n
         sum_sq = float(distributed.sum_over_ranks((x.double() - mean).square().sum()))
         delta, total = mean - self.mean, self.count + n
@@ -99,9 +103,12 @@ def shape_scores(
 
 def shape_rewards(
     scores: Tensor, token_scores: Tensor | None, logprobs: Tensor | None, ref_logprobs: Tensor | None,
-    cu_seqlens: Tensor, kl_coef: float, config: PPOConfig,
+    cu_seqlens: Tensor, kl_coef: float, mask: Tensor, config: PPOConfig,
 ) -> Tensor:  # fmt: skip
-    """Reward of every action, (R,): the score on the last one, token scores, and -kl_coef * KL if in the reward."""
+    """Reward of every action, (R,): the score on the last one, token scores, and -kl_coef * KL if in the reward.
+
+    `mask`: (R,) bool, actions that train; whitening takes mean and deviation over them alone.
+    """
     counts = cu_seqlens.diff()
     nothing = torch.zeros(int(cu_seqlens[-1]), device=scores.device)
     live = counts > 0  # an empty response has no action to reward
@@ -116,7 +123,15 @@ def shape_rewards(
         kl_estimator=config.kl_estimator if in_reward else "k1",
     )
     rewards = rewards if token_scores is None else rewards + token_scores
-    return whiten(rewards, shift_mean=False, group=distributed.group()) if config.whiten_rewards else rewards
+    return _whitened(rewards, mask) if config.whiten_rewards else rewards
+
+
+def _whitened(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Divided by the deviation of what trains, whose mean is kept; what does not train is scaled alike."""
+    moments = RunningMoments()
+    moments.update(rewards[mask])
+    scale = (moments.sum_sq / max(moments.count, 1.0) + WHITEN_EPS) ** -0.5
+    return ((rewards.double() - moments.mean) * scale + moments.mean).float()
 
 
 def estimate(

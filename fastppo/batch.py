@@ -4,6 +4,7 @@ Letters: B sequences, N packed tokens (prompt and response of all B, no padding)
 Padding exists nowhere here; masks come from lengths and from the rollout, never from token ids.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -184,6 +185,22 @@ class Rollout:
             return self
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def where(self, keep: Tensor) -> "Rollout":
+        """The sequences for which `keep`, (B,) bool, is true."""
+        lengths = self.cu_seqlens.diff().long()
+        tokens, chosen = keep.repeat_interleave(lengths), keep.tolist()
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            cu_seqlens=cumulative(lengths[keep]),
+            prompt_lengths=self.prompt_lengths[keep],
+            loss_mask=self.loss_mask[tokens],
+            finish_reasons=tuple(itertools.compress(self.finish_reasons, chosen)),
+            logprobs=None if self.logprobs is None else self.logprobs[tokens[self.loss_mask]],
+            group_ids=self.group_ids[keep],
+            records=tuple(itertools.compress(self.records, chosen)),
+        )
 
     @property
     def action_index(self) -> Tensor:

@@ -27,8 +27,12 @@ from fastppo import distributed
 from fastppo.checks import InputError, require
 
 CHECKSUMS, NUMBERS, TENSORS = "checksums.json", "state.json", "state.safetensors"
-FORMAT = 1
+FORMAT = 2
 ABANDONED = "abandoned-"
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written; what was there before is untouched."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def write(
         numbers: JSON; None: no state is known from which a run could go on, only the models are written.
 
     Raises:
-        OSError: the disk is full or cannot be written. What was there before is untouched.
+        CheckpointError: the disk is full or cannot be written. What was there before is untouched.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -78,8 +82,11 @@ def write(
         for path in [*_files(partial), *(p for p in partial.rglob("*") if p.is_dir()), partial]:
             _sync(path)
         _replace(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            why = f"{error}: those written before are as they were; make room and go on with --resume"
+            raise CheckpointError(f"cannot write the checkpoint {folder}: {why}") from error
         raise
 
 
@@ -113,7 +120,7 @@ def read(folder: Path) -> Checkpoint:
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The whole checkpoint of most iterations under `folder`, and why others that claim more were passed over."""
     passed_over: list[str] = []
-    for path in sorted(_candidates(folder), key=_claimed_step, reverse=True):
+    for path in sorted(_candidates(folder), key=claimed_step, reverse=True):
         try:
             return read(path), passed_over
         except InputError as error:
@@ -129,13 +136,13 @@ def set_aside(folder: Path, step: int) -> None:
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path)
     for path in _candidates(folder):
-        if _claimed_step(path)[0] > step:
+        if claimed_step(path)[0] > step:
             path.rename(folder / f"{ABANDONED}{path.name.lstrip('.')}-{time.time_ns()}")
 
 
 def prune(folder: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` of `step-*`; 0 keeps all. Other names are never touched."""
-    steps = sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_claimed_step)
+    steps = sorted((path for path in folder.glob("step-*") if path.is_dir()), key=claimed_step)
     for path in steps[: -keep_last or len(steps)] if keep_last else []:
         shutil.rmtree(path)
 
@@ -179,8 +186,8 @@ def _candidates(folder: Path) -> list[Path]:
     return [p for p in folders if not p.name.endswith(".partial") and not p.name.startswith(ABANDONED)]
 
 
-def _claimed_step(folder: Path) -> tuple[int, str]:
-    """The step that state.json names, or the folder's name where that cannot be read; models alone come last."""
+def claimed_step(folder: Path) -> tuple[int, str]:
+    """To sort by: the step of state.json, or of the folder's name where that cannot be read; models alone come last."""
     try:
         return int(json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["step"]), folder.name
     except (OSError, ValueError, KeyError, TypeError):

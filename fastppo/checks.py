@@ -8,6 +8,10 @@ class InputError(ValueError):
     """What the user gave cannot be used, and the message says all there is to say. Any other ValueError is a bug."""
 
 
+class RolloutError(RuntimeError):
+    """Sampling failed, or what was sampled is not the policy's; the message says all there is to say."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless `condition` holds."""
     if not condition:

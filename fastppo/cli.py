@@ -1,7 +1,8 @@
-"""The `fastppo` command: train, demo, doctor. The only file that knows the command-line library."""
+"""The `fastppo` command: train, plan, demo, doctor. The only file that knows the command-line library."""
 
 import argparse
 import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,15 +13,28 @@ import tyro
 
 from fastppo import __version__, report
 from fastppo import doctor as doctor_module
-from fastppo.checks import InputError, require
+from fastppo.checks import InputError, RolloutError, require
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
+from fastppo.faults import NonFiniteError
+from fastppo.memory import report as memory_report
+from fastppo.memory.start import plan_run
+from fastppo.out_of_memory import OutOfMemory
 from fastppo.resume import LATEST
 from fastppo.rewards import RewardError
 from fastppo.run_file import load_config
 from fastppo.trainer import train as run_training
+from fastppo.watch import DriftError
 
 DESCRIPTION = "PPO for language models. `fastppo --version` prints the version."
+RUN_ERRORS = (
+    RewardError,
+    RolloutError,
+    NonFiniteError,
+    DriftError,
+    OutOfMemory,
+    OSError,
+)  # ends of a run that the message explains
 NO_RUN_FILE = (
     "train needs a run file, before any option: fastppo train RUN.toml --ppo.kl-coef 0.1; "
     "README.md shows one, `fastppo train --help` says more"
@@ -28,7 +42,7 @@ NO_RUN_FILE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input ends with one line on stderr and exit code 2, a reward that failed with exit code 1.
+    """Entry point. Bad input ends with one line on stderr and exit code 2, what ends a run with exit code 1.
 
     Ctrl-C ends with 130, SIGTERM while a run trains with 0: the run is saved.
     """
@@ -42,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"fastppo {__version__}")
         elif args[:1] == ["train"] and args[1:2] not in (["--help"], ["-h"]):
             train_with(args[1:])
+        elif args[:1] == ["plan"] and args[1:2] not in (["--help"], ["-h"]):
+            plan_with(args[1:])
         else:
-            commands = {"train": train, "demo": demo, "doctor": doctor}
+            commands = {"train": train, "plan": plan, "demo": demo, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
-    except (InputError, RewardError) as error:
+    except (InputError, *RUN_ERRORS) as error:
         print(f"fastppo: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RewardError) else 2) from error
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from error
     except KeyboardInterrupt as error:
         print("fastppo: interrupted", file=sys.stderr)
         raise SystemExit(130) from error
@@ -60,6 +76,22 @@ def train_with(args: Sequence[str]) -> None:
     folder = run_training(parse_run(args[0], overrides), resume=resume)
     if os.environ.get("RANK", "0") == "0":  # torchrun's; the process group is left by now
         report.summary(folder)
+
+
+def plan_with(args: Sequence[str]) -> None:
+    """`fastppo plan` with what comes after it; exit code 2 where the run does not fit."""
+    require(len(args) > 0 and not args[0].startswith("-"), NO_RUN_FILE.replace("train", "plan"))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu")
+    parser.add_argument("--json", action="store_true")
+    known, overrides = parser.parse_known_args(args[1:])
+    made, ways = plan_run(parse_run(args[0], overrides), known.gpu)
+    if known.json:
+        print(json.dumps(memory_report.to_dict(made, ways), indent=2))
+    else:
+        memory_report.show(made, ways)
+    if not made.fits:
+        raise SystemExit(2)
 
 
 def parse_resume(args: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -98,6 +130,18 @@ def train(run: tyro.conf.Positional[str]) -> None:
         run: the run file.
     """
     train_with([run])
+
+
+def plan(run: tyro.conf.Positional[str], gpu: str | None = None, json: bool = False) -> None:
+    """Peak memory of each phase of a run, by component, from its models' config.json alone; nothing is loaded. Exit
+    code 2 where it does not fit, with the cheapest keys to change. Any key of the run can be changed, as for `train`.
+
+    Args:
+        run: the run file.
+        gpu: memory of the GPU to plan for, as in 24GB; without it, this machine.
+        json: print JSON.
+    """
+    plan_with([run, *(["--gpu", gpu] if gpu is not None else []), *(["--json"] if json else [])])
 
 
 def demo(out: str = "runs/demo", seed: int = 1) -> None:

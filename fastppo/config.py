@@ -13,6 +13,8 @@ from fastppo.checks import require, require_positive, require_unit
 from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
 from fastppo.config_memory import MemoryConfig
 from fastppo.config_optimizer import OptimizerConfig
+from fastppo.config_vllm import VLLMConfig
+from fastppo.config_watch import WatchConfig
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
@@ -38,21 +40,43 @@ class RolloutConfig:
     """Tokens that end a response, beside the model's own end-of-sequence tokens."""
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     """Token ids one after the other that end a response; it keeps them."""
-    engine: Literal["embedded", "generate_batch"] = "embedded"
-    """Who samples: fastppo's own engine, or transformers' continuous batching; both on the weights as they are."""
+    engine: Literal["embedded", "generate_batch", "vllm"] = "embedded"
+    """Who samples: fastppo's own engine or transformers' continuous batching, both on the weights as they are, or vLLM
+    servers, which get a copy after every update."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """With engine = "vllm"."""
+    one_step_off: bool = False
+    """With vLLM: sample for the next iteration while this one updates, from the weights before that update; needs
+    ppo.importance_cap."""
     max_rows: int = 512
-    """Sequences decoded at a time."""
+    """Sequences decoded at a time; with vLLM, requests in flight."""
     kv_gib: float | None = None
     """GiB for their keys and values; where max_rows do not fit, fewer are decoded at a time. None: on a GPU half of
     what is free, on a CPU no limit."""
+    cuda_graphs: bool = True
+    """On a GPU, the embedded engine replays its decode steps as CUDA graphs; False: it launches them one by one."""
+    keep_memory: bool = False
+    """The embedded engine keeps the memory of keys and values, and its graphs, for the next rollout: quicker, but the
+    update has that much less."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
     `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
+    gap_stop: float | None = None
+    """Mean gap between the sampler's log-probs and the trainer's, in nats per token, over which a run stops: the
+    sampler has other weights, another temperature or another arithmetic. None: 1e-3 for float32 weights, else 0.05."""
+    gap_correct: float | None = None
+    """Gap over which tokens of an engine that does not run this module in float32 get truncated importance weights,
+    with a cap of 2 unless ppo.importance_cap says another. None: 1e-4 for float32 weights, else 1e-3."""
 
     def __post_init__(self) -> None:
         require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens")
-        require_positive("rollout", self, "temperature", "max_rows", "kv_gib")
+        require_positive("rollout", self, "temperature", "max_rows", "kv_gib", "gap_stop", "gap_correct")
         require(all(self.stop_sequences), f"a stop sequence has at least one token, got {self.stop_sequences}")
+        require(
+            not self.one_step_off or self.engine == "vllm",
+            f"rollout.one_step_off samples while the policy changes, which only servers can: engine must be 'vllm', "
+            f"got {self.engine!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +148,10 @@ class PPOConfig:
     """Tokens per sequence that `constant` aggregation divides by (Dr.GRPO, arXiv:2503.20783); None: max_new_tokens."""
     importance_cap: float | None = None
     """Truncated importance weight min(trainer / sampler, cap) on every token; None: off. Needs recomputed log-probs."""
+    max_skipped_steps: int = 8
+    """Optimizer steps in a row that may be skipped because loss or gradient was not finite; 0: no limit."""
+    on_max_skipped: Literal["stop", "roll_back"] = "stop"
+    """What then: end the run, or go on with weights and optimizer of the last checkpoint before the first of them."""
     critic_warmup_steps: int = 0
     """First iterations in which only the critic learns; they count in the policy's learning-rate schedule too."""
 
@@ -134,9 +162,10 @@ class PPOConfig:
         require_unit("ppo", self, "gamma", "lam")
         require(0 <= self.clip_low < 1, f"ppo.clip_low must be in [0, 1), got {self.clip_low}")
         require(self.clip_high >= 0, f"ppo.clip_high must be >= 0, got {self.clip_high}")
-        for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps"):
+        for name in ("value_coef", "entropy_coef", "kl_coef", "critic_warmup_steps", "max_skipped_steps"):
             require(0 <= getattr(self, name) < math.inf, f"ppo.{name} must be >= 0, got {getattr(self, name)}")
-        require(self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip must be > 1, got {self.dual_clip}")
+        dual = self.dual_clip is None or 1 < self.dual_clip < math.inf
+        require(dual, f"ppo.dual_clip must be > 1 and finite, got {self.dual_clip}")
         finite = math.isfinite(self.missing_eos_score)
         require(finite, f"ppo.missing_eos_score must be finite, got {self.missing_eos_score}")
         require(
@@ -192,6 +221,13 @@ class TrainConfig:
     """Iterations between checkpoints; 0: only the final one, and nothing survives what cannot be caught."""
     keep_last: int = 2
     """Of the checkpoints that save_every makes, how many of the last stay on disk; 0: all."""
+    keep_best: bool = False
+    """Keep the state after the evaluation with the highest eval/scores too, as checkpoints/best."""
+    async_save: bool = True
+    """Write checkpoints beside training, from a copy in host memory; False: training waits, and nothing is copied."""
+    keep_rollouts: bool = True
+    """Keep the finished rollout that follows a checkpoint, and its scores: a run that goes on from there takes it. Not
+    with rollout.one_step_off, where the one after it has begun."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written."""
 
@@ -221,9 +257,13 @@ class RunConfig:
     """Of sampling, prompt order and minibatches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time; slower on a GPU, where one that cannot is an error."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         require(len(self.rewards) > 0, "rewards is empty: give at least one [[rewards]] table with kind and target")
+        require(0 <= self.seed < 2**62, f"seed must be in [0, 2**62), got {self.seed}")
         names = [r.log_name for r in self.rewards]
         require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
         sequences = self.rollout.num_prompts * self.rollout.samples_per_prompt
@@ -238,6 +278,11 @@ class RunConfig:
             f"ppo.advantage = {self.ppo.advantage!r} compares samples of one prompt: rollout.samples_per_prompt "
             f"must be >= 2, got {self.rollout.samples_per_prompt}",
         )
+        require(
+            not self.train.keep_best or self.data.eval_prompts is not None,
+            "train.keep_best goes by eval/scores: set data.eval_prompts",
+        )
+        self.watch.check_judge(names, has_evaluation=self.data.eval_prompts is not None)
         has_model = any(r.kind == "model" for r in self.rewards)
         require(
             self.critic.init != "reward" or has_model,
@@ -253,6 +298,11 @@ class RunConfig:
             not rounds or (self.policy.dtype == "bfloat16" and self.memory.share == "none"),
             "optimizer masters = 'stochastic' rounds bfloat16 weights that train: it needs policy.dtype = 'bfloat16' "
             f"and memory.share = 'none', got {self.policy.dtype!r} and {self.memory.share!r}",
+        )
+        require(
+            not self.rollout.one_step_off or self.ppo.importance_cap is not None,
+            "rollout.one_step_off trains on responses of the policy before the last update: set ppo.importance_cap, "
+            "the truncation of the weights that correct for it, e.g. 2",
         )
         require(
             self.ppo.importance_cap is None or self.rollout.old_logprobs != "sampler",

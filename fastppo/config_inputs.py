@@ -4,10 +4,19 @@ import math
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from fastppo.checks import require, require_positive
 
 Dtype = Literal["float32", "bfloat16"]
+HIDDEN = "***"  # in place of a secret, where a run writes down its config
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(urlsplit(text).hostname)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +52,8 @@ class RewardConfig:
     kind: Literal["model", "function", "http"]
     """What scores: a sequence classifier, a Python function, or an HTTP endpoint."""
     target: str
-    """Checkpoint of a sequence classifier, `module:function`, or a URL."""
+    """Checkpoint of a sequence classifier, `module:function`, or a URL, in which ${NAME} stands for a variable of the
+    environment: what a run writes down has neither the password nor the query of a URL, but does have ${NAME}."""
     weight: float = 1.0
     """Factor on its scores in the sum; 0: only logged."""
     name: str = ""
@@ -57,7 +67,13 @@ class RewardConfig:
     timeout_s: float = 60.0
     """Seconds until one call of a function or an endpoint has failed."""
     retries: int = 3
-    """Further tries of an endpoint after a failure; the wait doubles from 0.5 s."""
+    """Further tries after an endpoint failed, or anything with on_error = "retry"; the wait doubles from 0.5 s."""
+    early: bool = False
+    """Score responses as they end, up to batch_size in a call, while others are sampled; for a function or an endpoint
+    that judges each response by itself."""
+    on_error: Literal["fail", "retry", "skip"] = "fail"
+    """When it raises, does not answer or gives what is no score: end the run; ask `retries` more times, then end it;
+    or leave the samples without a score out of the iteration, a function's being asked for one by one."""
     trust_remote_code: bool = False
     """Run Python code that comes with a reward model's checkpoint."""
 
@@ -66,14 +82,29 @@ class RewardConfig:
         legal = {"model": "a checkpoint", "function": "'module:function'", "http": "a URL with http://"}[self.kind]
         wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
         require(re.match(form, self.target) is not None, wrong)
+        require(self.kind != "http" or _is_url(self.target), wrong)
+        require(
+            self.kind != "http" or HIDDEN not in self.target,
+            f"rewards.target {self.target!r} is what a run wrote down of a URL with a secret: give the URL itself, "
+            "best with ${NAME}, a variable of the environment, in its place",
+        )
         require(math.isfinite(self.weight), f"rewards.weight must be finite, got {self.weight}")
+        require(
+            not self.early or self.kind != "model",
+            "rewards.early is for kind 'function' and 'http': a reward model would compete with the sampler",
+        )
+        require(
+            not self.early or self.on_error == "fail",
+            f"rewards.early asks once, so rewards.on_error must be 'fail', got {self.on_error!r}",
+        )
         require_positive("rewards", self, "batch_size", "timeout_s")
         require(self.retries >= 0, f"rewards.retries must be >= 0, got {self.retries}")
 
     @property
     def log_name(self) -> str:
         """What the logs call it."""
-        return self.name or self.target.rstrip("/").split("/")[-1].split(":")[-1]
+        target = self.target.partition("?")[0] if self.kind == "http" else self.target
+        return self.name or target.rstrip("/").split("/")[-1].split("@")[-1].split(":")[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -146,6 +146,8 @@ def _read(source: str) -> list[Record]:
         raise InputError(f"cannot read the prompts at {source!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{source!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise InputError(f"cannot read the prompts at {source!r}: {error}") from error
     return [_record(source, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -11,18 +11,28 @@ import traceback
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 
 from fastppo.batch import Sample
 from fastppo.checks import InputError, require
 from fastppo.protocols import SampleScores
+from fastppo.secret import filled, redacted, request_parts
 
+T = TypeVar("T")
 BUSY = (408, 425, 429)  # HTTP 4xx that may pass
+MAX_ANSWER = 1 << 26  # bytes of one answer of an endpoint
 
 
 class RewardError(RuntimeError):
-    """A reward failed: it raised, timed out, could not be reached, or returned something that is not scores."""
+    """A reward failed: it raised, timed out, could not be reached, or returned something that is not scores.
+
+    `divisible`: asked for fewer samples it might have answered.
+    """
+
+    def __init__(self, message: str, *, divisible: bool = False) -> None:
+        super().__init__(message)
+        self.divisible = divisible
 
 
 class FunctionReward:
@@ -39,24 +49,18 @@ class FunctionReward:
         self.timeout_s = timeout_s
 
     def __call__(self, samples: Sequence[Sample]) -> SampleScores:
-        outcome: dict[str, Any] = {}
+        try:
+            return _within(self.timeout_s, lambda: self._call(samples))
+        except _TooSlow:
+            raise RewardError(f"reward {self.name!r} did not return within timeout_s = {self.timeout_s} s") from None
+        except _Raised as raised:
+            error = raised.error
+            what = f"reward {self.name!r} raised {type(error).__name__}: {error}{_place(error)}"
+            raise RewardError(what, divisible=True) from error
 
-        def run() -> None:
-            try:
-                result = self.function(list(samples))
-                outcome["value"] = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-            except BaseException as error:  # handed to the caller's thread, which raises it; sys.exit() too
-                outcome["error"] = error
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(self.timeout_s)
-        if "error" in outcome:
-            error = outcome["error"]
-            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}{_place(error)}") from error
-        if "value" not in outcome:
-            raise RewardError(f"reward {self.name!r} did not return within timeout_s = {self.timeout_s} s")
-        return outcome["value"]
+    def _call(self, samples: Sequence[Sample]) -> Any:
+        result = self.function(list(samples))
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
 class HTTPReward:
@@ -66,6 +70,8 @@ class HTTPReward:
         self, url: str, *, name: str = "http", batch_size: int = 64, timeout_s: float = 60.0, retries: int = 3
     ) -> None:
         require(url.startswith(("http://", "https://")), f"a reward URL starts with http:// or https://, got {url!r}")
+        filled(url)  # a variable that is missing is said now
+        self.shown = redacted(url)
         self.url, self.name, self.batch_size, self.timeout_s, self.retries = url, name, batch_size, timeout_s, retries
 
     def __call__(self, samples: Sequence[Sample]) -> SampleScores:
@@ -74,7 +80,7 @@ class HTTPReward:
             batch = samples[start : start + self.batch_size]
             answer = self._post(self._body(batch))
             if len(answer) != len(batch):
-                wrong = f"{self.url} gave {len(answer)} scores for {len(batch)} samples"
+                wrong = f"{self.shown} gave {len(answer)} scores for {len(batch)} samples"
                 raise RewardError(f"reward {self.name!r}: {wrong}")
             scores += answer
         return scores
@@ -86,19 +92,71 @@ class HTTPReward:
             raise RewardError(f"reward {self.name!r}: a record cannot be sent as JSON: {error}") from error
 
     def _post(self, body: bytes) -> list[Any]:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return _scores_of(response.read())
-            except (OSError, ValueError, http.client.HTTPException) as error:  # unreachable, slow, or no scores
+                return _scores_of(_within(self.timeout_s, lambda: self._answer(body)))
+            except (_TooSlow, _Raised, InputError) as failure:  # slow, unreachable, or no scores
+                error = failure.error if isinstance(failure, _Raised) else failure
                 refused = isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in BUSY
+                if not isinstance(error, OSError | ValueError | http.client.HTTPException | _TooSlow):
+                    raise error from None  # a mistake of ours
                 if refused or attempt == self.retries:
-                    raise RewardError(
-                        f"reward {self.name!r}: {self.url} failed {attempt + 1} times; the last time: {error}"
-                    ) from error
+                    what = f"{self.shown} failed {attempt + 1} times; the last time: {error}"
+                    raise RewardError(f"reward {self.name!r}: {what}") from error
                 time.sleep(0.5 * 2**attempt)
         raise AssertionError("unreachable")
+
+    def _answer(self, body: bytes) -> bytes:
+        url, who = request_parts(self.url)
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+        for name, value in who.items():
+            request.add_unredirected_header(name, value)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                answer, left = response.read(MAX_ANSWER + 1), response.length
+        except HTTPError as error:
+            error.close()
+            raise
+        require(len(answer) <= MAX_ANSWER, f"the answer has more than {MAX_ANSWER} bytes")
+        if left:
+            raise http.client.IncompleteRead(answer, left)
+        return answer
+
+
+class _TooSlow(Exception):
+    def __str__(self) -> str:
+        return "timed out"
+
+
+class _Raised(Exception):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns, from a thread of its own that is left behind after `seconds`: an endpoint that sends a byte
+    now and then never meets the time-out of its socket.
+
+    Raises:
+        _TooSlow: it did not return in time.
+        _Raised: it raised; SystemExit too.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = call()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if "error" in outcome:
+        raise _Raised(outcome["error"])
+    if "value" not in outcome:
+        raise _TooSlow
+    return outcome["value"]
 
 
 def import_function(spec: str) -> Callable[..., Any]:

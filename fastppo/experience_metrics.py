@@ -20,24 +20,40 @@ def experience_metrics(experience: Experience, scores: Scores, shaped: Tensor) -
         "rollout/truncated_frac": rollout.truncated,
     }
     means |= {f"reward/{name}": part for name, part in scores.parts.items()}
+    means |= _products(scores.totals(rollout), cu_seqlens.diff())
     logprobs = experience.logprobs if experience.logprobs is not None else rollout.logprobs
     if logprobs is not None:
         means["objective/entropy"] = -sequence_sums(logprobs, cu_seqlens)
     if logprobs is not None and experience.ref_logprobs is not None:
         means["objective/kl"] = sequence_sums(logprobs - experience.ref_logprobs, cu_seqlens)
-    gap = None
-    if experience.logprobs is not None and rollout.logprobs is not None and experience.logprobs is not rollout.logprobs:
-        gap = means["rollout/logprob_gap_mean"] = (experience.logprobs - rollout.logprobs).abs()
+    if experience.is_weights is not None:
+        means["rollout/importance_weight_mean"] = experience.is_weights
     metrics = _global_means(means)
-    if gap is not None:
-        largest = {"gap_max": torch.cat([gap, gap.new_zeros(1)]).max()}
-        metrics["rollout/logprob_gap_max"] = float(distributed.reduce_stats(largest)["gap_max"])
+    if rollout.policy_version is not None:
+        metrics["rollout/staleness"] = float(experience.policy_version - rollout.policy_version)
+    metrics["objective/score_length_correlation"] = _correlation(*(metrics.pop(name) for name in PRODUCTS))
     if experience.values is not None and experience.returns is not None:
         metrics["val/explained_variance"] = _explained_variance(experience.values, experience.returns)
         metrics |= _global_means({"val/values": experience.values})
     totals = torch.stack([experience.mask.sum(), (~rollout.truncated).sum()])
     names = ("rollout/trained_tokens", "val/num_eos_tokens")
+    for name, count in sorted(scores.counts.items()):
+        metrics[name] = float(distributed.sum_over_ranks(torch.tensor(count)))
     return metrics | dict(zip(names, map(float, distributed.sum_over_ranks(totals).tolist()), strict=True))
+
+
+PRODUCTS = ("x", "y", "xx", "yy", "xy")
+
+
+def _products(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    x, y = x.double(), y.double()
+    return dict(zip(PRODUCTS, (x, y, x * x, y * y, x * y), strict=True))
+
+
+def _correlation(x: float, y: float, xx: float, yy: float, xy: float) -> float:
+    """Pearson's, from the means of products; 0 where one of the two does not vary."""
+    variances = (xx - x * x) * (yy - y * y)
+    return (xy - x * y) / variances**0.5 if variances > 1e-12 * max(xx * yy, 1e-30) else 0.0
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -108,15 +108,15 @@ class Metrics:
             logger.close()
 
 
-def rewind(folder: Path, step: int) -> None:
+def rewind(folder: Path, step: int, *, evaluates: bool = True) -> None:
     """Move what comes after iteration `step` out of metrics.jsonl and samples.jsonl into `*.dropped.jsonl`.
 
-    The evaluation after that iteration is dropped too: a run goes on by making it.
+    `evaluates`: the run goes on by evaluating that iteration, so that the evaluation there was is dropped too.
     """
     for name in ("metrics", "samples"):
         path = folder / f"{name}.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [_is_until(line, step) for line in lines]
+        kept = [_is_until(line, step, evaluates) for line in lines]
         if all(kept):
             continue
         with (folder / f"{name}.dropped.jsonl").open("a", encoding="utf-8") as file:
@@ -126,10 +126,11 @@ def rewind(folder: Path, step: int) -> None:
         partial.replace(path)
 
 
-def _is_until(line: str, step: int) -> bool:
+def _is_until(line: str, step: int, evaluates: bool) -> bool:
     try:
         row = json.loads(line)
-        return (row["step"] < step or (row["step"] == step and "episode" in row)) and line.endswith("\n")
+        again = evaluates and "episode" not in row
+        return (row["step"] < step or (row["step"] == step and not again)) and line.endswith("\n")
     except (ValueError, KeyError, TypeError):  # the line that was being written when the process died
         return False
 

@@ -25,25 +25,42 @@ class Trainable:
     config: OptimizerConfig
     total_steps: int  # PPO iterations that the schedule spans
     iteration: int = 0
-    skipped: int = 0  # steps not taken because the gradient was not finite
+    skipped: int = 0  # steps not taken because loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    fault: str = ""  # why the last step that was skipped in this iteration was, and in which tensor
 
     @property
     def rate(self) -> float:
         """Learning rate of this PPO iteration."""
         return self.config.lr * learning_rate_factor(self.config, self.total_steps, self.iteration)
 
-    def step(self) -> float:
-        """Clip and step; a gradient that is not finite leaves everything as it is. Returns the gradient's norm."""
+    def step(self, loss: Tensor | float = 0.0) -> float:
+        """Clip and step; a gradient or `loss` that is not finite leaves everything as it is.
+
+        Returns:
+            The gradient's norm, before clipping; NaN or infinity for a step that was skipped.
+        """
         gradients = [w.gradient for w in self.weights.values()]
         distributed.sum_gradients(gradients)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(gradients, limit))
-        if norm < math.inf:  # False for NaN too
+        norm = torch.nn.utils.get_total_norm([g.grad for g in gradients if g.grad is not None])
+        total = float(norm + 0 * loss)  # 0 * infinity is NaN: the device is asked once
+        if total < math.inf:  # False for NaN too
+            torch.nn.utils.clip_grads_with_norm_(gradients, limit, norm)
             self._step_weights()
+            self.skipped_in_a_row = 0
         else:
-            self.skipped += 1
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            self.fault = self._fault(float(loss))
         self.zero_grad()
-        return norm
+        return total
+
+    def _fault(self, loss: float) -> str:
+        """What is not finite: the loss, the first tensor of the gradient, or only the norm of all."""
+        for name, grad in ((name, weight.gradient.grad) for name, weight in self.weights.items()):
+            if grad is not None and (bad := int((~grad.isfinite()).sum())):
+                return f"{bad} of {grad.numel()} entries of the gradient of {name!r} are not finite (loss {loss:.3g})"
+        return f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is beyond float32"
 
     def next_iteration(self) -> None:
         """Move the schedule on: it counts PPO iterations, also those in which every step was skipped."""

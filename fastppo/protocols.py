@@ -1,18 +1,25 @@
 """Where users plug in: a source of rollouts and a source of scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import nn
 
-from fastppo.batch import Prompts, Rollout, Sample, Sampling
+from fastppo.batch import FinishReason, Prompts, Rollout, Sample, Sampling
 
 SampleScores = list[float] | list[list[float]]
 """One score per sample, or one list per sample with a score for each response token."""
 
+OnFinish = Callable[[int, list[int], FinishReason], None]
+"""Told of each response as it ends: its place in the rollout, its token ids and how it ended."""
+
 
 class RolloutEngine(Protocol):
-    """Samples responses of the current policy."""
+    """Samples responses of the current policy.
+
+    `generate` may take a third argument, `on_finish: OnFinish | None = None`; without it rewards wait for the whole
+    rollout.
+    """
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout: ...
 

@@ -1,5 +1,6 @@
 """What a person sees: the progress bar of a run, tables of results, how a run ended."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,10 +90,26 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def summary(folder: Path) -> None:
-    """Print what the first and the last evaluation of a run gave, and where the run is."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    evaluations = [row for row in map(json.loads, lines) if row.get("eval/scores") is not None]
+    """Print what the first and the last evaluation of a run gave, how it drifted, and where it is."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [row for row in rows if row.get("eval/scores") is not None]
     ends = {row["step"]: row["eval/scores"] for row in (*evaluations[:1], *evaluations[-1:])}
     if ends:
         print("held-out score:", " -> ".join(f"{score:z.3f} (iteration {step})" for step, score in ends.items()))
+    for line in _drifts(rows):
+        print(line)
     print(f"run folder: {folder}", flush=True)
+
+
+def _drifts(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """A line for each monitor that crossed its threshold."""
+    lines = []
+    for name in sorted({key for row in rows for key in row if key.startswith("watch/")}):
+        alarms = [(row["step"], row[name]) for row in rows if name in row]
+        pairs = itertools.pairwise([(0, 0.0), *alarms])
+        began = [step for (_, before), (step, on) in pairs if on and not before]
+        if began:
+            times = "once" if len(began) == 1 else f"{len(began)} times"
+            end = ", and is beyond it at the end" if alarms[-1][1] else ""
+            lines.append(f"watch: {name[6:]} crossed its threshold {times}, first in iteration {began[0]}{end}")
+    return lines

@@ -2,16 +2,20 @@
 
 import json
 import platform
+import re
+import uuid
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastppo import checkpoint, distributed
+from fastppo import checkpoint, distributed, kept_rollout
 from fastppo.checkpoint import Checkpoint
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
+from fastppo.config_watch import WatchConfig
 from fastppo.run import Run
 from fastppo.run_file import to_dict
 
@@ -25,7 +29,11 @@ PORTION_KEYS = {  # what a run that went out of memory may change: results then 
 }
 FREE_KEYS = {  # what else may differ between a run and its continuation
     *("out", "device", "train.eval_every", "train.eval_prompts_max", "train.save_every", "train.keep_last"),
-    "train.loggers",
+    *("train.loggers", "train.keep_best", "train.async_save", "train.keep_rollouts", "deterministic"),
+    *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
+    *(f"watch.{f.name}" for f in fields(WatchConfig)),
+    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
+    *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
 
 
@@ -58,6 +66,9 @@ def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
         differ = refuse_another_run(found.numbers["config"], config, f"the checkpoint {str(found.path)!r}")
         if portions := ", ".join(sorted(PORTION_KEYS.intersection(differ))):
             print(f"resume: {portions} changed: not bit for bit", flush=True)
+    if found is not None and config.rollout.engine == "vllm":
+        ahead = ", and the first rollout comes from the policy as it is" if config.rollout.one_step_off else ""
+        print(f"resume: vLLM's batches differ in rounding{ahead}: not bit for bit", flush=True)
     print(f"resume: {_described(found, config)}", flush=True)
     return found
 
@@ -72,15 +83,18 @@ def require_unused(folder: Path) -> None:
 
 def mark(run: Run, step: int) -> None:
     """Keep the small state as iteration `step` leaves it: a failure in the next one goes back to here."""
-    rng = {"global": checkpoint.rng_state(), "engine": checkpoint.pack(run.engine.generator.get_state())}
-    run.step = step
+    run.step, run.saved, run.kept = step, False, None
     run.boundary = {
         "step": step,
+        "id": distributed.from_first(lambda: uuid.uuid4().hex),  # no other run of the same steps has it
         "config": to_dict(run.config),
         "versions": _versions(),
         "engine": run.engine.state(),
-        "prompts": {"position": run.prompts.position, "fingerprint": run.prompts.fingerprint},
-        "rng": distributed.gather(rng),
+        "prompts": {"position": run.rollouts.position, "fingerprint": run.prompts.fingerprint},
+        "rng": distributed.gather(kept_rollout.rng(run)),
+        "watch": run.watch.state(),
+        "best": run.best,
+        "rolled_back_to": run.rolled_back_to,
     }
 
 
@@ -99,10 +113,14 @@ def restore(run: Run, found: Checkpoint) -> None:
     require(len(rng) == world, f"checkpoint {found.path} is of {len(rng)} ranks, this run has {world}")
     run.engine.load(numbers["engine"], found.tensors())
     run.prompts.position = prompts["position"]
-    mine = rng[distributed.rank()]
-    run.engine.generator.set_state(checkpoint.unpack(mine["engine"]))
-    checkpoint.set_rng_state(mine["global"])
+    run.watch.load(numbers["watch"])
+    has_best = (run.folder / "checkpoints" / "best").exists()  # it is set aside when it is of another future
+    run.best, run.rolled_back_to = numbers["best"] if has_best else None, numbers["rolled_back_to"]
+    kept_rollout.set_rng(run, rng[distributed.rank()])
     mark(run, found.step)
+    assert run.boundary is not None
+    run.boundary["id"], run.saved = numbers["id"], True
+    run.kept = kept_rollout.find(run)
     if numbers["versions"] != _versions() and distributed.rank() == 0:
         print(f"resume: versions were {numbers['versions']}, now {_versions()}: not bit for bit", flush=True)
 
@@ -131,7 +149,7 @@ def refuse_another_run(before: dict[str, Any], config: RunConfig, what: str) -> 
     if config.policy_optimizer.schedule == config.critic_optimizer.schedule == "constant":
         free.add("train.total_steps")  # else it stretches the schedules
     differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-    changed = [key for key in differ if key not in free]
+    changed = [key for key in differ if re.sub(r"^rewards\.\d+", "rewards", key) not in free]
     shown = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     require(

@@ -5,7 +5,8 @@ score that is not a finite number is an error that names the sample: nothing is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import models
 from fastppo.aggregate import sequence_sums
-from fastppo.batch import Rollout, Sample, cumulative
+from fastppo.batch import Prompts, Rollout, Sample, cumulative
 from fastppo.checks import require
 from fastppo.config import DataConfig, RewardConfig
 from fastppo.data import Messages, to_messages
+from fastppo.early_scores import EarlyScores, Heard
 from fastppo.endpoints import FunctionReward, HTTPReward, RewardError
 from fastppo.microbatch import microbatches
 from fastppo.protocols import Reward
+from fastppo.reward_errors import OnError, ask, plain
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -32,6 +35,8 @@ class Scores:
     sequences: Tensor  # (B,) float32, one score per response
     tokens: Tensor | None  # (R,) float32, scores of single actions, or None
     parts: dict[str, Tensor]  # (B,) float32 per reward, before its weight
+    missing: dict[int, str] = field(default_factory=dict)  # why a sequence has no score and is to be left out
+    counts: dict[str, float] = field(default_factory=dict)  # metrics that add up over ranks
 
     def totals(self, rollout: Rollout) -> Tensor:
         """(B,) all that each response earned: its score and those of its actions."""
@@ -123,6 +128,8 @@ class WeightedRewards:
         rewards: what scores the samples.
         weights: one per reward; default 1.
         tokenizer: turns ids into the text that rewards see; None: the text is empty.
+        early: names of those that score responses as they end, each with the most samples of one call.
+        on_errors: what becomes of a failure, one per reward; default: it is raised.
     """
 
     def __init__(
@@ -131,33 +138,50 @@ class WeightedRewards:
         *,
         weights: Sequence[float] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        early: Mapping[str, int] | None = None,
+        on_errors: Sequence[OnError] | None = None,
     ) -> None:
         self.rewards = list(rewards)
         self.weights = [1.0] * len(self.rewards) if weights is None else list(weights)
-        self.tokenizer = tokenizer
+        self.on_errors = [OnError()] * len(self.rewards) if on_errors is None else list(on_errors)
+        self.tokenizer, self.early = tokenizer, dict(early or {})
         names = [r.name for r in self.rewards]
+        require(self.early.keys() <= {*names}, f"early rewards must be among {names}, got {sorted(self.early)}")
         require(len(self.rewards) > 0, "at least one reward is needed, got none")
         require(len(self.weights) == len(names), f"got {len(self.weights)} weights for {len(names)} rewards")
         require(len(set(names)) == len(names), f"rewards need different names, got {names}: set rewards.name")
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """
+    def listen(self, prompts: Prompts, samples_per_prompt: int) -> EarlyScores | None:
+        """The `on_finish` of a rollout, to be given back with it; None: no reward is early."""
+        chosen = {r.name: (r, self.early[r.name]) for r in self.rewards if r.name in self.early}
+        to_sample = partial(_only_sample, tokenizer=self.tokenizer)
+        return EarlyScores(prompts, samples_per_prompt, chosen, to_sample) if chosen else None
+
+    def __call__(self, rollout: Rollout, early: EarlyScores | None = None) -> Scores:
+        """`early`: what heard of these responses as they ended.
+
         Raises:
-            RewardError: a reward failed, or returned NaN, infinity or the wrong number of scores.
+            RewardError: a reward failed, or returned NaN, infinity or the wrong number of scores, and its `OnError`
+                does not help.
         """
         samples, device = to_samples(rollout, self.tokenizer), rollout.input_ids.device
         sequences = torch.zeros(len(rollout), device=device)
         tokens = torch.zeros(int(rollout.loss_mask.sum()), device=device)
-        any_tokens, parts = False, {}
-        for reward, weight in zip(self.rewards, self.weights, strict=True):
-            per_sequence, per_token = check_scores(reward(samples), rollout, reward.name)
+        any_tokens, parts, missing = False, {}, {}
+        counts = {"rollout/left_out": 0.0} if any(o.way == "skip" for o in self.on_errors) else {}
+        for reward, weight, on_error in zip(self.rewards, self.weights, self.on_errors, strict=True):
+            heard = reward if early is None else Heard(reward, early)
+            asked = ask(heard, samples, on_error, partial(check_scores, rollout=rollout, name=reward.name))
+            per_sequence, per_token = asked.scores
+            missing |= asked.missing
+            counts |= {f"reward/{reward.name}/{what}": float(n) for what, n in asked.counts.items()}
             per_sequence = parts[reward.name] = per_sequence.to(device)
             if per_token is None:
                 sequences += weight * per_sequence
             else:
                 any_tokens = True
                 tokens += weight * per_token.to(device)
-        return Scores(sequences, tokens if any_tokens else None, parts)
+        return Scores(sequences, tokens if any_tokens else None, parts, missing, counts)
 
 
 def load_rewards(
@@ -174,7 +198,10 @@ def load_rewards(
         base: a policy with adapters; a reward model that is adapters too goes on the same base.
     """
     rewards = [_load(c, policy_tokenizer, device, data, base) for c in configs]
-    return WeightedRewards(rewards, weights=[c.weight for c in configs], tokenizer=policy_tokenizer)
+    early = {c.log_name: c.batch_size for c in configs if c.early}
+    on_errors = [OnError(c.on_error, c.retries) for c in configs]
+    weights = [c.weight for c in configs]
+    return WeightedRewards(rewards, weights=weights, tokenizer=policy_tokenizer, early=early, on_errors=on_errors)
 
 
 def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> list[Sample]:
@@ -189,19 +216,39 @@ def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> l
     ]
 
 
-def check_scores(scores: Any, rollout: Rollout, name: str) -> tuple[Tensor, Tensor | None]:
-    """Per-sequence scores (B,) and, when per-token lists were given, their (R,) tensor; sums them in the first."""
-    scores = _plain(scores)
+def _only_sample(rollout: Rollout, *, tokenizer: PreTrainedTokenizerBase | None) -> Sample:
+    return to_samples(rollout, tokenizer)[0]
+
+
+def check_scores(
+    scores: Any, rollout: Rollout, name: str, missing: dict[int, str] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Per-sequence scores (B,) and, when per-token lists were given, their (R,) tensor; sums them in the first.
+
+    `missing`: samples that have no score, whose entries are not looked at and become 0. It takes in those whose entry
+    is no score; None: they are an error.
+    """
+    scores = plain(scores)
     if not isinstance(scores, list | tuple) or len(scores) != len(rollout):
         got = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
         raise RewardError(f"reward {name!r} must return one score per sample ({len(rollout)}), got {got}")
-    nested = bool(scores) and isinstance(scores[0], list | tuple)
+    known = missing or {}
+    kinds = {isinstance(score, list | tuple) for i, score in enumerate(scores) if i not in known}
+    if len(kinds) > 1:
+        raise RewardError(f"reward {name!r} gave lists for some samples and numbers for others: give one kind")
+    nested, found = kinds == {True}, {}
     for i, score in enumerate(scores):
-        if nested != isinstance(score, list | tuple):
-            raise RewardError(f"reward {name!r} gave lists for some samples and numbers for others: give one kind")
-        for x in score if nested else [score]:
+        for x in () if i in known else score if nested else [score]:
             if not (isinstance(x, int | float) and abs(x) <= LARGEST):  # False for NaN too
-                raise RewardError(f"reward {name!r} gave {x!r:.80} for sample {i}: a score must be a finite number")
+                found[i] = f"reward {name!r} gave {x!r:.80} for sample {i}: a score must be a finite number"
+                break
+    if found and missing is None:
+        raise RewardError(next(iter(found.values())))
+    if missing is not None:
+        missing |= found
+    lengths = (rollout.cu_seqlens.diff() - rollout.prompt_lengths).tolist()
+    none = {i: [0.0] * lengths[i] if nested else 0.0 for i in missing or ()}
+    scores = [none.get(i, score) for i, score in enumerate(scores)]
     if not nested:
         return torch.tensor([float(s) for s in scores]), None
     return torch.tensor([float(sum(s)) for s in scores]), _token_scores(scores, rollout, name)
@@ -266,13 +313,6 @@ def _token_scores(scores: Sequence[Sequence[float]], rollout: Rollout, name: str
     if bool((flat[~mask] != 0).any()):
         raise RewardError(f"reward {name!r} scores tokens outside the loss mask; score the next action instead")
     return flat[mask]
-
-
-def _plain(scores: Any) -> Any:
-    """Tensors and NumPy arrays, also inside lists, as Python numbers."""
-    if isinstance(scores, list | tuple):
-        return [_plain(x) for x in scores]
-    return scores.tolist() if hasattr(scores, "tolist") else scores
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[list[int]]) -> list[str]:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +19,14 @@ from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.data import PromptSource, load_prompts
 from fastppo.engine import PPOEngine
+from fastppo.kept_rollout import Kept
+from fastppo.memory import start as memory
 from fastppo.metrics import Metrics, require_loggers, rewind
 from fastppo.rewards import WeightedRewards, load_rewards
+from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
+from fastppo.saving import Writer
+from fastppo.watch import Watch
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Run:
     engine: PPOEngine
     rewards: WeightedRewards
     prompts: PromptSource
+    rollouts: RolloutSource
     eval_prompts: Prompts | None
     tokenizer: PreTrainedTokenizerBase
     folder: Path
@@ -39,12 +45,25 @@ class Run:
     lock: IO[str] | None
     step: int = 0  # iterations done
     boundary: dict[str, Any] | None = None  # the small state as the last iteration left it; None inside an update
+    saved: bool = False  # whether that state is on disk, or being written
+    kept: Kept | None = None  # this iteration's rollout, once it is finished
+    best: float | None = None  # the highest eval/scores, of checkpoints/best
+    rolled_back_to: int | None = None  # iteration of the checkpoint that skipped steps last led back to
+    writer: Writer = field(default_factory=Writer)
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.config.watch)
 
     def close(self) -> None:
-        """Close what writes to the run folder, and unlock it."""
-        self.metrics.close()
-        if self.lock is not None:
-            self.lock.close()
+        """End what still samples, close what writes to the run folder, and unlock it."""
+        self.rollouts.close()
+        self.writer.close()
+        try:
+            self.metrics.close()
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
 
 def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> Run:
@@ -65,6 +84,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     )
     evals = config.data.eval_prompts
     held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
+    plan = memory.check_start(config, device, max(len(ids) for ids in source.prompts.token_ids))
     policy = models.to_device(models.load_policy(config.policy), device)
     size = models.lm_head(policy).weight.shape[0]
     require(
@@ -75,6 +95,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     _check_lengths(source.prompts, held_out, policy, config)
     policy = models.adapt(policy, config.memory, seed=config.seed) if config.memory.share == "lora" else policy
     rewards = load_rewards(config.rewards, tokenizer, device, config.data, policy)
+    _name_foreign_code(config)
     engine = PPOEngine(
         policy,
         critic=_critic(config, policy, rewards, device) if config.ppo.advantage == "gae" else None,
@@ -90,11 +111,24 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     _seed(config.seed + distributed.rank())  # again: how much loading drew must not matter to what rewards draw
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        rewind(folder, kept)
+        again = kept % config.train.eval_every == 0 or kept >= config.train.total_steps
+        rewind(folder, kept, evaluates=again and config.data.eval_prompts is not None)
         checkpoint.set_aside(folder / "checkpoints", kept)
+        memory.write(plan, folder)
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config), kept)
-    return Run(config, engine, rewards, source, held_out, tokenizer, folder, metrics, lock)
+    rollouts = RolloutSource(engine, source, rewards, config.train.total_steps, ahead=config.rollout.one_step_off)
+    return Run(config, engine, rewards, source, rollouts, held_out, tokenizer, folder, metrics, lock)
+
+
+def _name_foreign_code(config: RunConfig) -> None:
+    """What runs in this process beside fastppo because the config says so."""
+    called = [reward.target for reward in config.rewards if reward.kind == "function"]
+    called += [s for s in (config.data.prompts, config.data.eval_prompts) if s and ":" in s and not Path(s).exists()]
+    trusted = [config.policy.path] if config.policy.trust_remote_code else []
+    trusted += [reward.target for reward in config.rewards if reward.kind == "model" and reward.trust_remote_code]
+    if (called or trusted) and distributed.rank() == 0:
+        print("runs foreign code:", ", ".join(dict.fromkeys([*called, *trusted])), flush=True)
 
 
 def _seed(seed: int) -> None:

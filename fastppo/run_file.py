@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
+from fastppo.secret import redacted
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -46,8 +47,16 @@ def from_dict(cls: type, tables: Mapping[str, Any], where: str = "") -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`, ready for JSON."""
-    return dataclasses.asdict(config)
+    """The inverse of `from_dict`, ready for JSON and fit to be written down: URLs without their secrets."""
+    return _redacted(dataclasses.asdict(config))
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_redacted, value))
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -1,22 +1,25 @@
 """train(): the PPO loop, one line per phase."""
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fastppo import checkpoint, distributed
+from fastppo import distributed, kept_rollout
 from fastppo.batch import Rollout
 from fastppo.config import RunConfig
 from fastppo.data import select
+from fastppo.determinism import deterministic
+from fastppo.faults import check_steps
+from fastppo.left_out import only_scored, with_gaps
 from fastppo.metrics import PhaseTimer
 from fastppo.report import progress
 from fastppo.resume import find, mark, restore
-from fastppo.rewards import Scores, to_samples
+from fastppo.rewards import to_samples
 from fastppo.run import Run, build, leave_folder, open_folder
+from fastppo.saving import save, saved_on_failure
 from fastppo.stop import stop, stop_requests
 
 
@@ -38,8 +41,9 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
     """
     with ExitStack() as stack:
         stack.enter_context(distributed.joined())
+        stack.enter_context(deterministic(config.deterministic))
         run = start(config, resume)
-        stack.enter_context(_saved_on_failure(run))
+        stack.enter_context(saved_on_failure(run))
         signals = stack.enter_context(stop_requests())
         show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
         for step in range(run.step + 1, config.train.total_steps + 1):
@@ -47,25 +51,28 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
                 show.phase("evaluation")
                 evaluate(run, step - 1)
             timer = PhaseTimer(show.phase)
-            prompts = next(run.prompts)
             with timer("rollout"):
-                rollout = run.engine.generate(prompts)
+                rollout, early = kept_rollout.generate(run)
             with timer("reward"):
-                scores = run.rewards(rollout)
+                scores = kept_rollout.score(run, rollout, early)
             with timer("score"):
                 experience = run.engine.score(rollout, scores)
             run.boundary = None
             with timer("update"):
                 stats = run.engine.update(experience)
+            check_steps(run, step)
+            tell(run.watch.iteration(step, stats))
             mark(run, step)
             log(run, step, stats, rollout, timer)
             show(stats)
             if config.train.save_every and step % config.train.save_every == 0:
                 save(run, f"step-{step:06d}")
+            distributed.from_first(run.writer.check)
+            distributed.from_first(run.watch.stop)
             stop([number for received in distributed.gather(signals) for number in received])
         show.phase("evaluation")
         evaluate(run, config.train.total_steps)
-        save(run, "final")
+        save(run, "final", wait=True)
     return run.folder
 
 
@@ -90,66 +97,44 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     top_k = 1 if run.config.train.eval_greedy else 0
     sampling = replace(run.engine.sampling, samples_per_prompt=1, top_k=top_k, seed=run.config.seed)
     rollout = run.engine.generate(prompts, sampling)
-    scores = run.rewards(rollout)
+    every, all_scores = rollout, run.rewards(rollout)
+    rollout, scores = only_scored(every, all_scores)
     stats = {"eval/scores": float(scores.totals(rollout).mean())}
     stats |= {f"eval/reward/{name}": float(part.mean()) for name, part in scores.parts.items()}
     stats["eval/response_tokens"] = float(rollout.action_counts.float().mean())
     stats["eval/truncated_frac"] = float(rollout.truncated.float().mean())
+    tell(run.watch.evaluation(stats))
     run.metrics.log(stats, step)
-    write_samples(run, step, rollout, scores)
+    write_samples(run, step, every, with_gaps(scores.totals(rollout).tolist(), list(all_scores.missing), len(every)))
+    if run.config.train.keep_best and (run.best is None or stats["eval/scores"] > run.best):
+        run.best = stats["eval/scores"]
+        if run.boundary is not None:
+            run.boundary["best"] = run.best
+        save(run, "best")
     return stats
 
 
-def write_samples(run: Run, step: int, rollout: Rollout, scores: Scores) -> None:
-    """Append every evaluated sample to samples.jsonl."""
+def tell(what: list[str]) -> None:
+    """A line each, once for all ranks."""
+    for line in what if _writes() else []:
+        print(line, flush=True)
+
+
+def write_samples(run: Run, step: int, rollout: Rollout, scores: list[float | None]) -> None:
+    """Append every evaluated sample to samples.jsonl; one that no reward could score has none."""
     with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for sample, score in zip(to_samples(rollout, run.tokenizer), scores.totals(rollout).tolist(), strict=True):
+        for sample, score in zip(to_samples(rollout, run.tokenizer), scores, strict=True):
             row = {"step": step, "score": score, "prompt": sample.prompt, "response": sample.response}
             file.write(json.dumps({**row, "finish_reason": sample.finish_reason}) + "\n")
 
 
 def log(run: Run, step: int, stats: dict[str, float], rollout: Rollout, timer: PhaseTimer) -> None:
     """One line of metrics per iteration."""
-    stats |= timer.seconds
+    stats |= run.watch.metrics() | timer.seconds | run.rollouts.metrics
     tokens = distributed.sum_over_ranks(torch.tensor(len(rollout.input_ids)))
     stats["perf/tokens_per_second"] = float(tokens) / timer.total()
     stats["episode"] = float(step * len(rollout) * distributed.world_size())
     run.metrics.log(stats, step)
-
-
-def save(run: Run, name: str) -> Path:
-    """Write `checkpoints/<name>`: policy, critic, tokenizer, and from where the run goes on unless inside an update."""
-    folder = run.folder / "checkpoints" / name
-    if _writes():
-        checkpoint.write(folder, run.engine.save, run.boundary, run.engine.tensors() if run.boundary else {})
-        checkpoint.prune(folder.parent, run.config.train.keep_last)
-    return folder
-
-
-@contextmanager
-def _saved_on_failure(run: Run) -> Iterator[None]:
-    """Whatever ends the run, the weights trained so far are on disk afterwards."""
-    try:
-        yield
-    except BaseException as error:
-        _save_interrupted(run, "failed" if isinstance(error, Exception) else "interrupted")
-        raise
-    finally:
-        run.close()
-
-
-def _save_interrupted(run: Run, why: str) -> None:
-    """Unless nothing was trained, and say so."""
-    if _writes() and run.engine.version > 0:
-        name, way = ("interrupted", "--resume goes on from it")
-        if run.boundary is None:
-            name, way = "interrupted-weights", "weights alone; --resume goes on from the newest other checkpoint"
-        try:
-            print(f"{why} after {run.step} iterations: saved {save(run, name)} ({way})", flush=True)
-        except OSError as error:  # what ended the run matters more
-            print(f"{why} after {run.step} iterations; could not save {name}: {error}", flush=True)
-    elif _writes():
-        print(f"{why} before the end of the first iteration: nothing was trained, so nothing is saved", flush=True)
 
 
 def _writes() -> bool:

@@ -1,22 +1,23 @@
 """The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from fastppo import distributed, models
+from fastppo import distributed, models, probe
 from fastppo.aggregate import loss_weights
 from fastppo.batch import Experience
+from fastppo.checks import RolloutError
 from fastppo.config import PPOConfig
 from fastppo.microbatch import MicroBatch, microbatches
 from fastppo.optimizer import Trainable
+from fastppo.out_of_memory import Portion
 from fastppo_kernels import linear_ppo_loss, linear_value_loss, merge_stats
 
 Stats = dict[str, Tensor]
-EXACT_GAP = 1e-3  # nats, mean over the tokens of a minibatch; rounding gives 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Objective:
     loss_divisor: float
     train_policy: bool
     on_policy: bool  # the policy is still the one whose log-probs the experience holds
+    gap_limit: float | None = None  # of the sampler's log-probs in the first minibatch; None: `score` has measured them
 
 
 @dataclass
@@ -42,9 +44,13 @@ class Minibatch:
 
 def update(
     policy: Trainable, critic: Trainable | None, experience: Experience, config: PPOConfig, objective: Objective,
-    generator: torch.Generator,
+    generator: torch.Generator, budget: Portion,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve policy and critic on one batch of experience; returns the metrics of the update."""
+    """Improve policy and critic on one batch of experience; returns the metrics of the steps that were taken.
+
+    `budget`: tokens per micro-batch. Where memory runs out, the gradient of the same minibatch is made again in smaller
+    micro-batches: no step has been taken by then, and no random number drawn.
+    """
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
@@ -56,35 +62,41 @@ def update(
                 continue  # no action trains: a step would only follow Adam's momentum
             if objective.train_policy and drift is None:
                 fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
-                stats = _policy_gradient(policy.model, experience, minibatch, config, objective, fresh)
-                _check_gap(policy, stats, experience)
+                measures = objective.gap_limit is not None and not policy_stats
+                stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, measures, budget)
+                if measures:
+                    _check_gap(policy, stats, experience, objective)
                 if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
                     drift = kl
                     policy.zero_grad()
                     if before:
                         policy.restore(before)
                 else:
-                    policy_stats.append(stats)
                     before = policy.snapshot() if config.roll_back else {}
-                    norms["policy"].append(policy.step())
+                    norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
+                    if norm < math.inf:  # else the step was skipped
+                        policy_stats.append(stats)
+                        norms["policy"].append(norm)
             if critic is not None:
-                value_stats.append(_value_gradient(critic.model, experience, minibatch, config))
-                norms["critic"].append(critic.step())
+                stats = _value_gradient(critic, experience, minibatch, config, budget)
+                norm = critic.step(stats["value_loss_sum"])
+                if norm < math.inf:
+                    value_stats.append(stats)
+                    norms["critic"].append(norm)
     metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms["policy"]))}
     metrics |= {} if drift is None else {"policy/kl_at_stop": drift}
     return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
 
 
-def _check_gap(policy: Trainable, stats: Stats, experience: Experience) -> None:
-    """Sampler and trainer run one module, so their log-probs differ by rounding, or something is broken (P6)."""
-    if "gap_sum" in stats and experience.rollout.exact and (gap := _mean(stats, "gap_sum")) > EXACT_GAP:
+def _check_gap(policy: Trainable, stats: Stats, experience: Experience, objective: Objective) -> None:
+    """The first forward is also a probe of the sampler, before anything is trained on what it drew (P6)."""
+    assert objective.gap_limit is not None
+    gap = probe.Gap(_mean(stats, "gap_sum"), float(stats["gap_max"]))
+    try:
+        probe.require_close(gap, objective.gap_limit, exact=experience.rollout.exact)
+    except RolloutError:
         policy.zero_grad()
-        raise RuntimeError(
-            f"the sampler's log-probs are {gap:.3g} nats a token off the trainer's (largest gap "
-            f"{float(stats['gap_max']):.3g}), although both run one float32 module (legal: {EXACT_GAP}): it decodes "
-            "with a cache differently from how it is trained, products are in TF32 or under autocast, or a router is "
-            "near a tie. Nothing was updated; rollout.old_logprobs = 'recompute' with ppo.importance_cap corrects it"
-        )
+        raise
 
 
 def _minibatches(
@@ -108,15 +120,15 @@ def _minibatches(
 
 
 def _policy_gradient(
-    model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
-    fresh: bool,
+    policy: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, objective: Objective,
+    fresh: bool, measures: bool, budget: Portion,
 ) -> Stats:  # fmt: skip
     """Accumulate the gradient of the policy loss over the micro-batches; the loss is sum_i weights_i * l_i."""
-    head = models.lm_head(model)
-    parts = []
-    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+    head = models.lm_head(policy.model)
+
+    def backward(batch: MicroBatch) -> Stats:
         loss, stats = linear_ppo_loss(
-            models.hidden_states(model, batch)[batch.rows],
+            models.hidden_states(policy.model, batch)[batch.rows],
             head.weight,
             batch.targets,
             None if fresh else _take(experience.logprobs, batch),
@@ -134,29 +146,48 @@ def _policy_gradient(
             old_kl_coef=objective.old_kl_coef,
             entropy_coef=config.entropy_coef,
             is_weights=_take(experience.is_weights, batch),
-            sampler_logprobs=_take(experience.rollout.logprobs, batch) if fresh else None,
+            sampler_logprobs=_take(experience.rollout.logprobs, batch) if measures else None,
         )
         loss.backward()
-        parts.append(stats)
-    return distributed.reduce_stats(merge_stats(parts))
+        return stats
+
+    return _accumulated(policy, experience, minibatch, budget, backward)
 
 
-def _value_gradient(model: PreTrainedModel, experience: Experience, minibatch: Minibatch, config: PPOConfig) -> Stats:
-    assert experience.values is not None and experience.returns is not None
-    head = models.value_head(model)
-    parts = []
-    for batch in microbatches(experience.rollout, config.max_tokens_per_microbatch, minibatch.sequences):
+def _value_gradient(
+    critic: Trainable, experience: Experience, minibatch: Minibatch, config: PPOConfig, budget: Portion
+) -> Stats:
+    values, returns = experience.values, experience.returns
+    assert values is not None and returns is not None
+    head = models.value_head(critic.model)
+
+    def backward(batch: MicroBatch) -> Stats:
         loss, stats = linear_value_loss(
-            models.hidden_states(model, batch)[batch.rows],
+            models.hidden_states(critic.model, batch)[batch.rows],
             head.weight[0],
             head.bias,
-            experience.values[batch.actions],
-            experience.returns[batch.actions],
+            values[batch.actions],
+            returns[batch.actions],
             minibatch.weights[batch.actions],
             clip=config.value_clip,
         )
         (config.value_coef * loss).backward()
-        parts.append(stats)
+        return stats
+
+    return _accumulated(critic, experience, minibatch, budget, backward)
+
+
+def _accumulated(
+    role: Trainable, experience: Experience, minibatch: Minibatch, budget: Portion,
+    backward: Callable[[MicroBatch], Stats],
+) -> Stats:  # fmt: skip
+    """The statistics of a minibatch, `backward` having been through its micro-batches, on every rank."""
+    lengths = experience.rollout.cu_seqlens.diff()[minibatch.sequences].tolist()
+
+    def attempt(max_tokens: int) -> list[Stats]:
+        return [backward(batch) for batch in microbatches(experience.rollout, max_tokens, minibatch.sequences)]
+
+    parts = budget.run("the update", attempt, smallest=max(lengths), whole=sum(lengths), undo=role.zero_grad)
     return distributed.reduce_stats(merge_stats(parts))
 
 
@@ -211,6 +242,4 @@ def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
 
 
 def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
-    """Means over the steps that were taken; a skipped one has no finite norm."""
-    taken = {role: [x for x in values if math.isfinite(x)] for role, values in norms.items()}
-    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in taken.items() if values}
+    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}

@@ -17,9 +17,11 @@ PACKAGES = {"fastppo": ROOT / "fastppo", "fastppo_kernels": ROOT / "kernels" / "
 
 PHASES = {f"fastppo.{name}" for name in ("rollout", "rewards", "score", "advantages", "update")}
 ABOVE_THE_PHASES = {"fastppo.engine", "fastppo.trainer", "fastppo.cli", "fastppo.__main__", "fastppo.<public names>"}
-CONFIGS = {f"fastppo.config{name}" for name in ("", "_inputs", "_memory", "_optimizer")}
-SHARED = {"fastppo.batch", "fastppo.protocols"} | CONFIGS
-STDLIB_ONLY = {"fastppo.checks"} | CONFIGS
+CONFIG_NAMES = ("config", "config_inputs", "config_memory", "config_optimizer", "config_vllm", "config_watch")
+CONFIGS = {f"fastppo.{name}" for name in CONFIG_NAMES}
+SHARED = {"fastppo.batch", "fastppo.protocols", *CONFIGS}
+STDLIB_ONLY = {*CONFIGS, "fastppo.checks"}
+VLLM_SIDE = "fastppo.rollout.server.fastppo_worker"
 MODEL_CLASSES = re.compile(r"transformers\.(.*\.)?(AutoModel\w*|\w+For(CausalLM|(Sequence|Token)Classification))")
 
 Import = tuple[str, int]  # (absolute dotted name, line)
@@ -77,6 +79,10 @@ def _broken_rule(module: str, owner: str, name: str) -> str | None:
     importer = ".".join(module.split(".")[:2])
     if root == "triton":
         return "Triton stays in fastppo_kernels"
+    if root == "vllm" and module != VLLM_SIDE:
+        return "vLLM lives in an environment and a process of its own"
+    if module == VLLM_SIDE and root == "fastppo":
+        return "there is no fastppo where vLLM runs"
     if root == "tyro" and importer != "fastppo.cli":
         return "only fastppo/cli.py imports tyro"
     if MODEL_CLASSES.fullmatch(name) and importer != "fastppo.models":
@@ -133,6 +139,8 @@ def test_module_keeps_the_import_rules(module: str, file: Path):
         ("fastppo.update", "import triton.language as tl"),
         ("fastppo.engine", "from fastppo.trainer import train"),
         ("fastppo.trainer", "import tyro"),
+        ("fastppo.rollout.vllm", "from vllm import LLM"),
+        ("fastppo.rollout.server.fastppo_worker", "from fastppo.batch import Rollout"),
         ("fastppo.rewards", "from transformers import AutoModelForSequenceClassification"),
         ("fastppo.rewards", "import transformers\nmodel = transformers.AutoModel.from_pretrained(path)"),
         ("fastppo.score", "from transformers.models.llama.modeling_llama import LlamaForCausalLM"),
@@ -152,6 +160,7 @@ def test_planted_violation_is_found(module: str, source: str):
         ("fastppo.rewards", "from transformers import AutoTokenizer\nfrom fastppo.batch import Rollout"),
         ("fastppo.rollout.embedded", "from fastppo.rollout import sampling\nfrom fastppo_kernels import sample"),
         ("fastppo.engine", "from fastppo.score import score\nfrom fastppo.update import update"),
+        ("fastppo.rollout.server.fastppo_worker", "import vllm\nimport safetensors\nimport torch"),
     ],
 )
 def test_permitted_import_is_not_reported(module: str, source: str):

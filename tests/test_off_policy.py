@@ -39,7 +39,7 @@ def test_a_sampler_that_disagrees_with_its_own_module_stops_the_run() -> None:
 
 def test_log_probs_of_another_engine_start_off_ratio_one() -> None:
     """CORRECTNESS A12, bypass: pi_old is the sampler, so the first ratio is exp(gap), not 1 by definition."""
-    made = engine(rollout={"old_logprobs": "sampler"})
+    made = engine(rollout={"old_logprobs": "sampler", "gap_stop": 1.0})
     metrics = made.update(made.score(sampled(made, 0.1, exact=False), SCORES))
     assert metrics["val/ratio_max_first"] == pytest.approx(torch.tensor(0.1).exp().item(), rel=1e-4)
 

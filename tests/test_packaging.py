@@ -52,7 +52,7 @@ def test_hugging_face_kernels_is_not_shadowed():
 
 def test_the_command_is_declared():
     scripts = importlib.metadata.entry_points(group="console_scripts", name="fastppo")
-    assert {script.value for script in scripts} == {"fastppo.cli:main"}
+    assert {script.value for script in scripts} == {"fastppo.__main__:main"}
 
 
 def test_python_m_fastppo_is_the_command():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import runs
-from fastppo import RunConfig, config, config_inputs, config_memory, config_optimizer, load_config
+from fastppo import RunConfig, config, config_inputs, config_memory, config_optimizer, config_watch, load_config
 from fastppo.run_file import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {
@@ -80,14 +80,15 @@ def test_every_key_has_a_line_of_help() -> None:
     """A string below the field, which `fastppo train RUN.toml --help` prints."""
     silent = [
         f"{cls.name}.{key.target.id}"
-        for module in (config, config_inputs, config_memory, config_optimizer)
+        for module in (config, config_inputs, config_memory, config_optimizer, config_watch)
         for cls in ast.parse(inspect.getsource(module)).body
         if isinstance(cls, ast.ClassDef)
         for key, after in itertools.pairwise([*cls.body, ast.Pass()])
         if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
         if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant))
     ]
-    tables = [field.name for field in dataclasses.fields(RunConfig) if field.name not in ("out", "seed", "device")]
+    values = ("out", "seed", "device", "deterministic")
+    tables = [field.name for field in dataclasses.fields(RunConfig) if field.name not in values]
     assert silent == [f"RunConfig.{name}" for name in tables]  # whose help is their class's
 
 
@@ -142,7 +143,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "out of range": (changed(ppo={"clip_low": 1.0}), "ppo.clip_low must be in [0, 1), got 1.0"),
     "negative": (changed(ppo={"kl_coef": -0.1}), "ppo.kl_coef must be >= 0, got -0.1"),
     "nan coefficient": (changed(ppo={"entropy_coef": float("nan")}), "ppo.entropy_coef must be >= 0, got nan"),
-    "dual clip": (changed(ppo={"dual_clip": 0.5}), "ppo.dual_clip must be > 1, got 0.5"),
+    "dual clip": (changed(ppo={"dual_clip": 0.5}), "ppo.dual_clip must be > 1 and finite, got 0.5"),
     "rate": (changed(critic_optimizer={"lr": float("inf")}), "lr must be finite and >= 0, got inf"),
     "template": (changed(data={"template": "Q: "}), "data.template must contain '{prompt}', got 'Q: '"),
     "function": (changed(rewards=[{"kind": "function", "target": "m.f"}]), "must be 'module:function', got 'm.f'"),
@@ -159,6 +160,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         changed(ppo={"importance_cap": 2.0}, rollout={"old_logprobs": "sampler"}),
         "must be 'recompute' or 'auto', got 'sampler'",
     ),
+    "one step off, embedded": (changed(rollout={"one_step_off": True}), "engine must be 'vllm', got 'embedded'"),
+    "one step off, uncorrected": (
+        changed(rollout={"one_step_off": True, "engine": "vllm"}),
+        "set ppo.importance_cap, the truncation of the weights that correct for it",
+    ),
+    "no server": (changed(rollout={"vllm": {"servers": []}}), "rollout.vllm.servers is empty"),
+    "no URL": (changed(rollout={"vllm": {"servers": ["here:80"]}}), "starts with http:// or https://, got 'here:80'"),
+    "one server twice": (
+        changed(rollout={"vllm": {"servers": ["http://a", "http://a"]}}),
+        "rollout.vllm.servers has ['http://a'] twice",
+    ),
+    "early reward model": (
+        changed(rewards=[{"kind": "model", "target": "a", "early": True}]),
+        "rewards.early is for kind 'function' and 'http'",
+    ),
 }
 
 
@@ -173,10 +189,13 @@ def test_a_wrong_value_is_one_sentence_with_what_was_got(case: str) -> None:
 @pytest.mark.parametrize("key", [name for name, default in fields(RunConfig) if type(default) in (int, float)])
 def test_no_number_may_be_nan_or_text(key: str) -> None:
     """Of all numbers that a run has; NaN compares with nothing, so a careless check lets it through."""
-    section, _, name = key.rpartition(".")
+    *sections, name = key.split(".")
     for value in ("1", float("nan")):
+        tables: dict[str, Any] = {name: value}
+        for section in reversed(sections):
+            tables = {section: tables}
         with pytest.raises(ValueError, match=name):
-            from_dict(RunConfig, changed(**({section: {name: value}} if section else {name: value})))
+            from_dict(RunConfig, changed(**tables))
 
 
 @pytest.mark.parametrize(

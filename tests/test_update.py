@@ -170,7 +170,7 @@ def test_kl_penalty_objective_adapts_its_coefficient() -> None:
 
 def test_a_sampler_s_gap_is_weighted_and_capped() -> None:
     """CORRECTNESS A12, through the engine: min(trainer / sampler, cap) for every action."""
-    made = engine(ppo={"importance_cap": 1.5})
+    made = engine(ppo={"importance_cap": 1.5}, rollout={"gap_stop": 1.0})
     rollout = made.generate(prompts())
     assert rollout.logprobs is not None
     gap = torch.linspace(0.0, 1.0, len(rollout.logprobs))

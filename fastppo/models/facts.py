@@ -33,10 +33,16 @@ def require_context(model: PreTrainedModel, prompts: Prompts, limits: Sequence[i
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one token in all layers."""
+    layers, heads, size = kv_shape(model)
+    return 2 * layers * heads * size * model.dtype.itemsize
+
+
+def kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, and their size."""
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    return config.num_hidden_layers, heads, size
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:

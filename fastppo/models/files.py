@@ -1,16 +1,19 @@
 """Checkpoints and tokenizers on disk: read with nothing missing, damaged or filled with noise; written whole."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.checks import InputError, require
 from fastppo.hub import require_there
 from fastppo.models import adapter_files, lora
 from fastppo.models.heads import head_name
-from fastppo.models.prepare import dropout_keys
+from fastppo.models.prepare import dropout_keys, remember_dropout
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -35,16 +38,26 @@ def has_tokenizer(path: str) -> bool:
     return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def save(model: PreTrainedModel, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a folder that the AutoModel classes load: safetensors, config and, when given, the tokenizer.
 
     Adapters are merged into a copy of the weights they change, and written beside it as `adapter/` in peft's format.
+    `weights`: a state dict to write instead of the model's own. The config has the dropout that the model came with.
     """
     if lora.is_adapted(model):
         lora.bare(model).save_pretrained(path, state_dict=lora.plain_weights(model))
         adapter_files.save_adapter(model, head_name(model), Path(path) / "adapter")
     else:
-        model.save_pretrained(path)
+        model.save_pretrained(path, state_dict=None if weights is None else dict(weights))
+    if rates := getattr(model, "dropout_rates", None):
+        config = copy.deepcopy(model.config)
+        config.update(rates)
+        config.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -60,10 +73,11 @@ def read(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers loads what it can and fills the rest with noise; what it filled comes back beside the model."""
     config = read_config(path, trust_remote_code)
+    rates = {name: getattr(config, name) for name in dropout_keys(config)}
     try:
-        for name, value in {**dict.fromkeys(dropout_keys(config), 0.0), **overrides}.items():
+        for name, value in {**dict.fromkeys(rates, 0.0), **overrides}.items():
             setattr(config, name, value)
-        return cls.from_pretrained(
+        model, info = cls.from_pretrained(
             path,
             config=config,
             dtype=getattr(torch, dtype),
@@ -73,6 +87,8 @@ def read(
         )
     except Exception as error:
         raise InputError(f"cannot load {path!r} as {cls.__name__}: {_first_line(error)}") from error
+    remember_dropout(model, rates)
+    return model, info
 
 
 def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -84,7 +100,7 @@ def read_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    wild = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    wild = [name for name, p in model.named_parameters() if not _finite(p)]
     mismatched = [m[0] if isinstance(m, tuple) else m for m in info["mismatched_keys"]]
     problems = {"lacks": info["missing_keys"], "has the wrong shape for": mismatched, "has NaN or infinity in": wild}
     for problem, names in problems.items():
@@ -94,6 +110,12 @@ def refuse_damaged(path: str, model: PreTrainedModel, info: dict[str, Any], allo
             f"checkpoint {path!r} {problem} {len(bad)} tensors, the first is {bad[0] if bad else ''!r}: "
             "it is damaged or of another architecture; give the folder of a whole checkpoint",
         )
+
+
+@torch.no_grad()
+def _finite(x: Tensor) -> bool:
+    """Without a tensor as large as `x`, which `isfinite` would make; a NaN is both minimum and maximum."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def _first_line(error: BaseException) -> str:

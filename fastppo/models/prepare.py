@@ -1,5 +1,6 @@
 """Packed attention on, dropout off, and the checks that packing and head are what fastppo takes them for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ def prepare(model: PreTrainedModel, gradient_checkpointing: bool = False) -> Pre
     Raises:
         ValueError: its sequences cannot be packed.
     """
+    _check_packing(set_up(model, gradient_checkpointing))
+    return model
+
+
+def set_up(
+    model: PreTrainedModel, gradient_checkpointing: bool = False, *, on_cpu: bool = not torch.cuda.is_available()
+) -> PreTrainedModel:
+    """`prepare` without a forward pass, for a device with or without CUDA."""
     require(
         model._can_set_attn_implementation(),
         f"{type(model).__name__} does not use transformers' attention interface, so sequences cannot be packed",
@@ -44,14 +53,14 @@ def prepare(model: PreTrainedModel, gradient_checkpointing: bool = False) -> Pre
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # there is no padding: a pad token that is also EOS learns like any other
-        if type(module) is nn.Linear and not torch.cuda.is_available():
+        if type(module) is nn.Linear and on_cpu:
             module.__class__ = Linear
-    _check_packing(without_dropout(model))
-    return model.train()  # checkpointing is only active in train mode; there is no dropout
+    return without_dropout(model).train()  # checkpointing is only active in train mode; there is no dropout
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """The ratio of a policy to itself is 1 only without dropout (N+ details, policy 4)."""
+    remember_dropout(model, {name: getattr(model.config, name) for name in dropout_keys(model.config)})
     for name in dropout_keys(model.config):
         setattr(model.config, name, 0.0)
     for module in model.modules():
@@ -60,6 +69,12 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         for name in [k for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)]:
             setattr(module, name, 0.0)  # read from the config when the module was made
     return model
+
+
+def remember_dropout(model: PreTrainedModel, rates: Mapping[str, float]) -> None:
+    """What the config said before it was switched off; `models.save` writes it back."""
+    known: dict[str, float] = getattr(model, "dropout_rates", {})
+    model.dropout_rates = {**known, **{name: rate for name, rate in rates.items() if rate}}  # pyright: ignore
 
 
 def dropout_keys(config: Any) -> list[str]:

@@ -1,6 +1,8 @@
 """The four roles: policy, reference, reward, critic, from a checkpoint or from each other."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from fastppo.config import ModelConfig
 from fastppo.models import adapter_files, lora
 from fastppo.models.files import load, read, read_config, refuse_damaged
 from fastppo.models.heads import HEADS, head_name, is_decoder, lm_head, value_head
-from fastppo.models.prepare import check_head, frozen, prepare, to_device, without_dropout
+from fastppo.models.prepare import check_head, frozen, prepare, remember_dropout, to_device, without_dropout
 
 
 def load_policy(config: ModelConfig) -> PreTrainedModel:
@@ -85,14 +87,13 @@ def load_critic(
 ) -> PreTrainedModel:
     """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
     config = read_config(path, trust_remote_code)
-    cls = _critic_class(config)
+    cls = critic_class(config)
     saved = any(name.endswith(cls.__name__.removeprefix("AutoModel")) for name in config.architectures or [])
-    model, info = read(cls, path, trust_remote_code=trust_remote_code, num_labels=1)
+    with _float32_heads(cls._model_mapping[type(config)]):
+        model, info = read(cls, path, dtype, trust_remote_code=trust_remote_code, num_labels=1)
     refuse_damaged(path, model, info, () if saved else HEADS)
     if not saved:
         _zero(value_head(model))
-    for parameter in model.base_model.parameters():  # not buffers: rotary frequencies are float32; so is the head
-        parameter.data = parameter.data.to(getattr(torch, dtype))
     return prepare(model, gradient_checkpointing)
 
 
@@ -106,11 +107,11 @@ def critic_from(
     """
     if lora.is_adapted(model):
         require(label is None, "a critic on the base of adapters starts from a value head of zero, not from a reward's")
-        critic = prepare(_around_body_of(model, _critic_class(model.config)), gradient_checkpointing)
+        critic = prepare(_around_body_of(model, critic_class(model.config)), gradient_checkpointing)
         critic = lora.adapt_like(critic, model, seed=1)
         _zero(value_head(critic)).requires_grad_(True)
         return critic
-    critic = _with_body_of(model, _critic_class(model.config))
+    critic = _with_body_of(model, critic_class(model.config))
     head = _zero(value_head(critic).float())
     if label is not None:
         with torch.no_grad():
@@ -129,7 +130,7 @@ def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
     return prepare(reward, False)
 
 
-def _critic_class(config: PreTrainedConfig) -> Any:
+def critic_class(config: PreTrainedConfig) -> Any:
     """A value per token is token classification with one label.
 
     Where transformers has no such class for an architecture, its sequence classifier holds the same body and head.
@@ -149,7 +150,21 @@ def _with_body_of(model: PreTrainedModel, cls: Any) -> PreTrainedModel:
     config.num_labels = 1
     other = cls.from_config(config, dtype=model.dtype).to(model.device)
     getattr(other, other.base_model_prefix).load_state_dict(model.base_model.state_dict())
+    remember_dropout(other, getattr(model, "dropout_rates", {}))
     return other
+
+
+@contextmanager
+def _float32_heads(cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Within it, checkpoints of `cls` are loaded with a float32 head, whatever the dtype of the body: to load all of it
+    in float32 and round the body afterwards would take twice the memory of a bfloat16 checkpoint."""
+    name = "_keep_in_fp32_modules_strict"
+    before, own = getattr(cls, name), name in vars(cls)
+    setattr(cls, name, {*(before or ()), *HEADS})
+    try:
+        yield
+    finally:
+        setattr(cls, name, before) if own else delattr(cls, name)
 
 
 def _load_reward_adapter(path: str, base: PreTrainedModel | None) -> PreTrainedModel:

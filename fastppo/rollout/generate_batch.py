@@ -5,7 +5,7 @@ global generator, keeps the keys of common prefixes over an update, and returns 
 call therefore makes a manager of its own, without shared blocks, and puts back what it found.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastppo import models
 from fastppo.attention import PACKED
 from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import require
+from fastppo.protocols import OnFinish
 
 PAGE = 32  # tokens
 BATCH_TOKENS = 4096  # of one forward; its own default takes 8192 on any machine
@@ -58,8 +59,8 @@ class GenerateBatchEngine:
         self.version = version
 
     @torch.no_grad()
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
-        """Draw `samples_per_prompt` responses to each prompt, in order.
+    def generate(self, prompts: Prompts, sampling: Sampling, on_finish: OnFinish | None = None) -> Rollout:
+        """Draw `samples_per_prompt` responses to each prompt, in order; `on_finish` hears of each as it ends.
 
         Raises:
             ValueError: a stop sequence, which transformers' continuous batching does not know; or a prompt with its
@@ -77,13 +78,20 @@ class GenerateBatchEngine:
         if seed is None:
             seed = int(torch.randint(1 << 62, (), generator=self.generator))
         requests = [(ids, limit) for ids, limit in zip(prompts.token_ids, limits, strict=True) for _ in range(n)]
-        made = self._run(requests, sampling, seed)
         stops = {*self.eos_token_ids, *sampling.stop_token_ids}
-        reasons: list[FinishReason] = ["stop" if r.generated_tokens[-1] in stops else "length" for r in made]
+
+        def reason(result: Any) -> FinishReason:
+            return "stop" if result.generated_tokens[-1] in stops else "length"
+
+        def told(result: Any) -> None:
+            if on_finish is not None:
+                on_finish(int(result.request_id), result.generated_tokens, reason(result))
+
+        made = self._run(requests, sampling, seed, told)
         return Rollout.pack(
             [ids for ids, _ in requests],
             [r.generated_tokens for r in made],
-            finish_reasons=reasons,
+            finish_reasons=[reason(r) for r in made],
             logprobs=[[min(x, 0.0) for x in r.logprobs] for r in made],  # a log softmax may round to above 0
             group_ids=[i for i in range(len(prompts)) for _ in range(n)],
             records=[r for r in prompts.records for _ in range(n)],
@@ -92,8 +100,10 @@ class GenerateBatchEngine:
             device=self.policy.device,
         )
 
-    def _run(self, requests: Sequence[tuple[Sequence[int], int]], sampling: Sampling, seed: int) -> list[Any]:
-        """The result of every request, in order."""
+    def _run(
+        self, requests: Sequence[tuple[Sequence[int], int]], sampling: Sampling, seed: int, told: Callable[[Any], None]
+    ) -> list[Any]:
+        """The result of every request, in order; `told` of each as it comes."""
         stops = [*self.eos_token_ids, *sampling.stop_token_ids]
         options = GenerationConfig(
             do_sample=True,
@@ -112,8 +122,12 @@ class GenerateBatchEngine:
         ):
             for i, (ids, limit) in enumerate(requests):
                 manager.add_request(list(ids), request_id=str(i), max_new_tokens=limit)
-            results = [manager.get_result() for _ in requests]
-        lost = sum(r is None or r.error is not None or not r.generated_tokens for r in results)
+            results = []
+            for _ in requests:
+                results.append(result := manager.get_result())
+                if not _is_lost(result):
+                    told(result)
+        lost = sum(_is_lost(r) for r in results)
         if lost:
             errors = sorted({str(r.error) for r in results if r is not None and r.error is not None})
             raise RuntimeError(
@@ -140,6 +154,10 @@ class GenerateBatchEngine:
             allow_block_sharing=False,
             return_logprobs=True,
         )
+
+
+def _is_lost(result: Any) -> bool:
+    return result is None or result.error is not None or not result.generated_tokens
 
 
 @contextmanager

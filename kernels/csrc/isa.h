@@ -11,12 +11,14 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
 struct RowKernels;  // rows.h
 struct Loops;       // loops.h
+struct Attention;   // attention.h
 
 struct InstructionSet {
     const char* name;  // what FASTPPO_ISA takes
     bool (*supported)();
     const RowKernels* rows;
     const Loops* loops;
+    const Attention* attention;
 };
 
 // Number 0 is the fastest; the caller has asked whether the CPU supports it.

@@ -3,6 +3,7 @@
 Depends on torch alone: never on fastppo or transformers.
 """
 
+from fastppo_kernels.decode import decode_attention
 from fastppo_kernels.gae import gae, token_rewards
 from fastppo_kernels.linear import linear
 from fastppo_kernels.logprobs import logits_token_logprobs, token_logprobs
@@ -13,6 +14,7 @@ from fastppo_kernels.value import linear_value_loss, value_loss
 from fastppo_kernels.whiten import whiten
 
 __all__ = [
+    "decode_attention",
     "gae",
     "linear",
     "linear_ppo_loss",

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastppo_kernels import reference
 from fastppo_kernels.reference import PPORows, gae, token_rewards, working_dtype
+from fastppo_kernels.reference_attention import decode_attention
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS, VALUE_COLUMNS, ppo_table, value_table
 
 __all__ = [
+    "decode_attention",
     "gae",
     "linear_value_rows",
     "logprob_rows",

@@ -14,11 +14,14 @@ from fastppo import (
     RewardModel,
     Rollout,
     RolloutConfig,
+    Sampling,
     WeightedRewards,
     attention,
     models,
 )
 from fastppo.microbatch import gather
+from fastppo.rollout import EmbeddedEngine
+from fastppo.score import action_logprobs
 from fastppo_kernels import linear_ppo_loss, logits_ppo_loss, sample
 from numerics import assert_as_accurate
 
@@ -158,3 +161,24 @@ def test_foreign_trajectories_may_come_from_the_cpu():
     )
     stats = engine.update(engine.score(Rollout.pack([[1], [2]], [[3, 4], [5]]), [1.0, -1.0]))
     assert stats["policy/steps"] == 4
+
+
+@pytest.mark.parametrize("keep_memory", [False, True])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recorded_steps_are_the_policys_at_every_update(architecture, dtype, keep_memory):
+    """Also with few rows, of which the last are replayed beside others that stand still."""
+    policy = on_gpu(tiny.policy(architecture, scale=1.0), dtype)
+    given = Prompts(token_ids=tuple(tuple(range(1, 3 + i % 7)) for i in range(40)))
+    sampling = Sampling(max_new_tokens=60, seed=3, temperature=0.8)
+    made = EmbeddedEngine(policy, eos_token_ids=(3,), max_rows=16, keep_memory=keep_memory)
+    for _ in range(3):
+        one, again = made.generate(given, sampling), made.generate(given, sampling)
+        assert list(one.sequences()) == list(again.sequences())
+        ours = action_logprobs(policy, one, temperature=0.8, max_tokens=4096)
+        torch.testing.assert_close(one.logprobs, ours, atol=1e-3 if dtype == torch.float32 else 0.2, rtol=0)
+        with torch.no_grad():  # the next rollout is of other weights
+            for parameter in policy.parameters():
+                parameter.mul_(1.05)
+    if keep_memory:
+        assert made._kept is not None and made._kept.steps.graphs

@@ -1,5 +1,6 @@
 """The Triton backend, for CUDA and ROCm tensors; nothing imports it until such a tensor arrives."""
 
+from fastppo_kernels.gpu.decode import decode_attention
 from fastppo_kernels.gpu.rows import logprob_rows, logprob_rows_backward, ppo_rows
 from fastppo_kernels.gpu.sampling import sample
 from fastppo_kernels.gpu.scale import scale_
@@ -8,6 +9,7 @@ from fastppo_kernels.gpu.tokens import ppo_tokens
 from fastppo_kernels.gpu.values import linear_value_rows, value_rows
 
 __all__ = [
+    "decode_attention",
     "gae",
     "linear_value_rows",
     "logprob_rows",

@@ -1,5 +1,6 @@
 """The C++ backend: the functions of `fastppo_kernels.eager`, for float32 and bfloat16 tensors on the CPU."""
 
+from fastppo_kernels.native.decode import decode_attention
 from fastppo_kernels.native.isa import available_isas
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
 from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
@@ -10,6 +11,7 @@ from fastppo_kernels.native.values import linear_value_rows, value_rows
 __all__ = [
     "ABI_VERSION",
     "available_isas",
+    "decode_attention",
     "gae",
     "library_path",
     "linear_value_rows",

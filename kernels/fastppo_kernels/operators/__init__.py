@@ -2,6 +2,7 @@
 gradient, so they survive torch.compile. Arguments were checked by the public function; `backend` is a name.
 """
 
+from fastppo_kernels.operators.decode import decode_attention
 from fastppo_kernels.operators.logprobs import logits_token_logprobs, token_logprobs
 from fastppo_kernels.operators.ppo import linear_ppo, logits_ppo, logits_ppo_, ppo_tokens
 from fastppo_kernels.operators.sampling import sample
@@ -10,6 +11,7 @@ from fastppo_kernels.operators.sequences import gae, moments, token_rewards
 from fastppo_kernels.operators.value import linear_value, value
 
 __all__ = [
+    "decode_attention",
     "gae",
     "linear_ppo",
     "linear_value",

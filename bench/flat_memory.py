@@ -1,0 +1,64 @@
+"""Resident memory and open files of a long small run on the CPU, which must not grow.
+
+    python bench/flat_memory.py --steps 300
+
+Prints both every 25 iterations. Exit code 1 if memory at any of them after iteration 50 is more than 1 % above what it
+was then, or the number of open files differs. Checkpoints, evaluations and kept rollouts are a part of the run.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+EVERY, SETTLED = 25, 50
+
+
+def resident_kib() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+def measure(folder: Path, steps: int) -> list[tuple[int, int, int]]:
+    """(iteration, KiB resident, open files), every `EVERY` iterations."""
+    import runs
+    from fastppo import trainer
+
+    found: list[tuple[int, int, int]] = []
+    log: Callable[..., None] = trainer.log
+
+    def logged(run: Any, step: int, *rest: Any) -> None:
+        log(run, step, *rest)
+        runs.calls.clear()  # the reward function of the tests remembers what it was asked
+        if step % EVERY == 0:
+            run.writer.wait()
+            gc.collect()
+            found.append((step, resident_kib(), len(os.listdir("/proc/self/fd"))))
+            print(f"{found[-1][0]:5} {found[-1][1]:9} KiB {found[-1][2]:4} open files", flush=True)
+
+    trainer.log = logged
+    training = {"total_steps": steps, "eval_every": 20, "save_every": 10, "keep_best": True}
+    trainer.train(runs.config(folder, train=training, policy_optimizer={"lr": 1e-5}))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = [row for row in measure(Path(folder), args.steps) if row[0] >= SETTLED]
+    (_, memory, files), *later = found
+    growth = max(row[1] for row in later) / memory - 1
+    print(f"growth after iteration {SETTLED}: {growth:+.2%} of {memory} KiB; open files {files} -> {later[-1][2]}")
+    raise SystemExit(growth > 0.01 or any(row[2] != files for row in later))
+
+
+if __name__ == "__main__":
+    main()

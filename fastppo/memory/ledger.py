@@ -1,0 +1,95 @@
+"""Who holds how many bytes: every tensor's memory, followed from its making to its end.
+
+A dispatch mode sees the result of every operation, forward and backward, and a finalizer sees the end of its storage.
+What autograd saves for the backward is a storage that lives on, so it counts for as long as it does. On fake tensors,
+which have shapes and no memory, this is a dry run; on real ones it is an account of what happened.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Parts = Counter[str]
+"""Bytes by label."""
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes that live now, by label, and what they were when their sum was the largest."""
+
+    def __init__(self, label: str = "other") -> None:
+        super().__init__()
+        self.label = label
+        self.live, self.peak = Parts(), Parts()
+        self._entries: dict[int, tuple[str, int]] = {}  # by storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._add(x)
+        self.note()
+        return out
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Within it, new memory is called so."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def tag(self, x: Tensor, label: str) -> None:
+        """What `x` holds is called `label` from here on."""
+        key = x.untyped_storage()._cdata
+        if key in self._entries:
+            before, size = self._entries[key]
+            self._entries[key] = (label, size)
+            self.live[before] -= size
+            self.live[label] += size
+
+    def note(self, label: str = "", extra: int = 0) -> None:
+        """Keep what lives now, with `extra` bytes of an operation at work, if it is more than ever."""
+        if self.live.total() + extra > self.peak.total():
+            self.peak = Parts({name: size for name, size in self.live.items() if size})
+            if extra:
+                self.peak[label] += extra
+
+    def _add(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self._entries and storage.nbytes():
+            self._entries[key] = (self.label, storage.nbytes())
+            self.live[self.label] += storage.nbytes()
+            weakref.finalize(storage, self._drop, key).atexit = False
+
+    def _drop(self, key: int) -> None:
+        label, size = self._entries.pop(key)
+        self.live[label] -= size
+
+
+@contextmanager
+def dry_run() -> Iterator[Ledger]:
+    """Within it tensors have a shape, a dtype and no memory; the ledger has what they would take."""
+    converts = patch.object(nn.Module, "_apply", _converted)
+    with converts, FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+        yield ledger
+
+
+def _converted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` by new parameters: it would swap what a fake one holds, and that is refused."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, p in self._parameters.items():
+        self._parameters[name] = None if p is None else nn.Parameter(fn(p.detach()), p.requires_grad)
+    for name, x in self._buffers.items():
+        self._buffers[name] = None if x is None else fn(x)
+    return self

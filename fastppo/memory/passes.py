@@ -1,0 +1,254 @@
+"""Dry runs of what a phase does with one model: the real forward and backward, on tensors that have no memory."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastppo import attention, models
+from fastppo.config import MemoryConfig, OptimizerConfig
+from fastppo.masters import make_weight
+from fastppo.memory.attention import OUTLINE
+from fastppo.memory.head import head_bytes, policy_loss, value_loss
+from fastppo.memory.ledger import Ledger, Parts, dry_run
+from fastppo.microbatch import MicroBatch
+from fastppo.models.outline import Kind
+from fastppo.rollout.kv import Decode, KVRows, Prefill
+
+WEIGHTS, MASTERS, GRADIENTS, KV = "weights", "float32 masters", "gradients", "KV cache"
+ACTIVATIONS, BACKWARD, LOGITS = "activations", "backward of a layer", "logits"
+SMALLEST_QUANTIZED = 4096  # numbers of a weight; torchao keeps the moments of smaller ones in float32
+ROUNDING = 16  # bytes per number: the master made for the step, noise, their sum, and the rounded result
+NAMES = ("_name_or_path", "transformers_version", "architectures")  # of a config, and nothing of its shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a role's memory depends on."""
+
+    config: PreTrainedConfig = field(compare=False, repr=False)
+    shape: str = field(init=False, repr=False)  # what the config says: two of equal shape are equal
+    kind: Kind
+    dtype: str
+    device: torch.device
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    """With share = "lora": adapters are trained, on a base that all roles share."""
+
+    def __post_init__(self) -> None:
+        said = {key: value for key, value in self.config.to_dict().items() if key not in NAMES}
+        object.__setattr__(self, "shape", json.dumps(said, sort_keys=True, default=str))
+
+    def outline(self, ledger: Ledger) -> PreTrainedModel:
+        """The model, its weights in the ledger."""
+        on_cpu = self.device.type == "cpu"
+        with ledger.labelled(WEIGHTS):
+            model = models.outline(
+                self.config, self.kind, self.dtype, gradient_checkpointing=self.gradient_checkpointing, on_cpu=on_cpu
+            )
+            if self.adapted:
+                model = _adapted(model, self.memory)
+        if attention.backend(self.device, getattr(torch, self.dtype), None) != "sdpa":
+            model.set_attn_implementation(OUTLINE)
+        ledger.peak.clear()  # weights that are tied in the end are made apart
+        ledger.note()
+        return model
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it learns by adapters."""
+        return self.memory.share == "lora"
+
+
+def _adapted(model: PreTrainedModel, memory: MemoryConfig) -> PreTrainedModel:
+    """With adapters on the layers of the body, which are those a policy has; a value head learns too."""
+    layers = (name for name, x in model.base_model.named_modules() if isinstance(x, nn.Linear | Conv1D))
+    if memory.lora_targets == ("all-linear",):
+        memory = replace(memory, lora_targets=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+    model = models.adapt(model, memory)
+    if model.get_output_embeddings() is None:
+        models.value_head(model).requires_grad_(True)
+    return model
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sequences of one forward, all of one length."""
+
+    sequences: int
+    prompt: int
+    response: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * (self.prompt + self.response)
+
+    def batch(self) -> MicroBatch:
+        """As `microbatch.gather` makes it; call it outside the dry run."""
+        length = self.prompt + self.response
+        ids, positions = torch.zeros(self.tokens, dtype=torch.int64), torch.arange(length).repeat(self.sequences)
+        rows = (positions >= self.prompt - 1).logical_and(positions < length - 1).nonzero().squeeze(1)
+        return MicroBatch(ids, positions, attention.plan([length] * self.sequences), rows, rows, rows, ids)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a role has all the time."""
+
+    weights: int
+    """Of the whole model, a base it shares included."""
+    trained: int
+    """Of those that learn."""
+    gradients: int
+    masters: int
+    moments: int
+    step: int
+    """While the optimizer steps, beside gradients: for weights that are stepped one at a time, those of the largest."""
+
+
+@functools.cache
+def sizes(model: Model) -> Sizes:
+    """What the weights take, and what their optimizer keeps of them."""
+    kind, rounds = model.optimizer.kind, model.optimizer.masters == "stochastic"
+    with dry_run() as ledger:
+        made = model.outline(ledger)
+        learning = [p for p in made.parameters() if p.requires_grad]
+        mixed = [p.numel() for p in learning if p.dtype != torch.float32]
+        on_device = 0 if kind == "adamw-cpu-offload" else 1
+        return Sizes(
+            weights=ledger.live.total(),
+            trained=sum(p.numel() * p.element_size() for p in learning),
+            gradients=4 * sum(p.numel() for p in learning),
+            masters=0 if rounds else 4 * sum(mixed) * on_device,
+            moments=sum(moment_bytes(p.numel(), kind) for p in learning) * on_device,
+            step=ROUNDING * max(mixed, default=0) if rounds else 0,
+        )
+
+
+def moment_bytes(numel: int, kind: str) -> int:
+    """Both moments of one weight: float32, or codes with a float32 scale for each block and a table of values."""
+    block, bits = {"adamw-8bit": (256, 8), "adamw-4bit": (128, 4)}.get(kind, (0, 32))
+    if not block or numel < SMALLEST_QUANTIZED or numel % block:
+        return 8 * numel
+    return 2 * (numel * bits // 8 + 4 * (numel // block) + 4 * 2**bits)
+
+
+@functools.cache
+def gradient(model: Model, load: Load, *, accumulates: bool) -> Parts:
+    """The peak of one micro-batch's forward and backward, weights and masters included.
+
+    `accumulates`: it is not the first one of its minibatch, so that gradients are there before it.
+    """
+    batch = load.batch()
+    with dry_run() as ledger:
+        made = model.outline(ledger)
+        _follow_gradients(made, model, ledger, there=accumulates)
+        with ledger.labelled(ACTIVATIONS):
+            loss = _loss(made, model, batch, ledger)
+        with ledger.labelled(BACKWARD):
+            loss.backward()
+    return ledger.peak
+
+
+@functools.cache
+def forward(model: Model, load: Load) -> Parts:
+    """The peak of scoring a micro-batch: log-probs, values or rewards; weights included."""
+    batch = load.batch()
+    with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
+        made = model.outline(ledger)
+        if model.kind == "reward" and not models.is_decoder(made):
+            made(input_ids=batch.input_ids.view(load.sequences, -1))
+        else:
+            hidden = models.hidden_states(made, batch)
+            if model.kind == "policy":
+                hidden, head = hidden[batch.rows], models.lm_head(made)
+                ledger.note("LM head", head_bytes(hidden, head.weight, model.device, train=False))
+            else:
+                models.classify(made, hidden)
+    return ledger.peak
+
+
+@functools.cache
+def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, prefill: int) -> Parts:
+    """The peak of a rollout of `rows` sequences at a time: keys and values, reading prompts, decoding a token.
+
+    Args:
+        span: positions of a row are a multiple of it.
+        prefill: prompt tokens of one forward, unless one prompt is longer.
+    """
+    positions = -(-(prompt + response) // span) * span
+    together = max(1, min(rows, prefill // prompt))
+    packing, cells = attention.plan([prompt] * together), torch.arange(prompt).repeat(together)
+    which = torch.arange(together).repeat_interleave(prompt)
+    with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
+        made = model.outline(ledger)
+        kv = _kv(made, rows, positions, ledger)
+        ids = torch.zeros(together * prompt, dtype=torch.int64)
+        hidden = _body(made, ids, cells, memory=Prefill(kv, which, cells), packing=packing)
+        _sample(made, hidden[torch.arange(together)], ledger)
+        del hidden
+        ids, at = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), positions - 1)
+        hidden = _body(made, ids, at, memory=Decode(kv, at, positions), packing=None)
+        _sample(made, hidden, ledger)
+    return ledger.peak
+
+
+@functools.cache
+def kv_row_bytes(model: Model, positions: int) -> int:
+    """Bytes of the keys and values of one sequence."""
+    with dry_run() as ledger:
+        return positions * models.kv_bytes_per_token(model.outline(ledger))
+
+
+def _loss(made: PreTrainedModel, model: Model, batch: MicroBatch, ledger: Ledger) -> Tensor:
+    hidden = models.hidden_states(made, batch)[batch.rows]
+    if model.kind == "critic":
+        return value_loss(hidden, models.value_head(made).weight[0], ledger)
+    return policy_loss(hidden, models.lm_head(made).weight, ledger, model.device)
+
+
+def _follow_gradients(made: PreTrainedModel, model: Model, ledger: Ledger, *, there: bool) -> None:
+    """Masters where there are some, and every gradient called so as soon as it is `there`, or from the beginning."""
+    for p in [p for p in made.parameters() if p.requires_grad]:
+        with ledger.labelled(MASTERS):
+            holder = make_weight(p, model.optimizer).gradient
+        if there:
+            with ledger.labelled(GRADIENTS):
+                holder.grad = torch.empty(p.shape, dtype=torch.float32)
+        p.register_post_accumulate_grad_hook(_tagged(holder, ledger))
+
+
+def _tagged(master: Tensor, ledger: Ledger) -> Callable[[Tensor], None]:
+    def tag(_: Tensor) -> None:
+        if master.grad is not None:
+            ledger.tag(master.grad, GRADIENTS)
+
+    return tag
+
+
+def _body(made: PreTrainedModel, ids: Tensor, positions: Tensor, **attends: object) -> Tensor:
+    out = made.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **attends)
+    return out.last_hidden_state[0]
+
+
+def _sample(made: PreTrainedModel, hidden: Tensor, ledger: Ledger) -> None:
+    """Logits and, with a soft-cap, the steps to them."""
+    head = models.lm_head(made)
+    with ledger.labelled(LOGITS):
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+    del logits
+
+
+def _kv(made: PreTrainedModel, rows: int, positions: int, ledger: Ledger) -> KVRows:
+    layers, heads, size = models.kv_shape(made)
+    with ledger.labelled(KV):
+        memory = {i: [torch.zeros(rows, heads, positions, size, dtype=made.dtype) for _ in "kv"] for i in range(layers)}
+    return KVRows(rows, positions, {i: (k, v) for i, (k, v) in memory.items()})

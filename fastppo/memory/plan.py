@@ -1,0 +1,200 @@
+"""The peak of each phase of a run, by component, before anything is loaded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastppo.memory import passes
+from fastppo.memory.ledger import Parts
+from fastppo.memory.passes import GRADIENTS, MASTERS, WEIGHTS, Load, Model
+from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
+
+GIB = 1 << 30
+REWARD_TOKENS = 1 << 14  # of samples that a reward model reads at a time
+CONTEXT = {"cuda": GIB, "cpu": int(0.6 * GIB)}  # CUDA's context and cuBLAS's workspace; Python and its libraries
+SLACK = {"cuda": 0.05, "cpu": 0.0}  # of what comes and goes: blocks of the caching allocator that fit nothing
+
+
+@dataclass(frozen=True)
+class Work:
+    """The data of one iteration, of one rank. Every prompt is taken to be as long as the longest."""
+
+    sequences: int
+    minibatch: int
+    """Sequences of an optimizer step."""
+    prompt: int
+    response: int
+    max_tokens: int
+    """Of a micro-batch."""
+    max_rows: int
+    kv_bytes: int | None
+    samples: int = 1
+    """Of each prompt."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence."""
+        return self.prompt + self.response
+
+    def micro(self, sequences: int) -> tuple[Load, bool]:
+        """The largest micro-batch of some sequences, and whether there are others."""
+        fit = max(1, min(sequences, self.max_tokens // self.longest))
+        return Load(fit, self.prompt, self.response), fit < sequences
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made from: the models by role and the work."""
+
+    policy: Model
+    critic: Model | None
+    reference: Model | None
+    rewards: tuple[tuple[Model, int], ...]
+    """Reward models, and how many sequences each reads at a time."""
+    work: Work
+    roll_back: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase holds when it holds the most."""
+
+    name: str
+    parts: Parts
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return self.parts.total()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All phases, for a budget."""
+
+    setting: Setting
+    phases: tuple[Phase, ...]
+    budget: int | None
+    """Bytes of the device."""
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def overhead(self) -> int:
+        """Beside the tensors: the process, and what the allocator cannot use."""
+        device = self.setting.device.type
+        lasting = self.phases[0].total
+        return CONTEXT[device] + int(SLACK[device] * max(0, self.peak.total - lasting))
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have."""
+        return self.peak.total + self.overhead
+
+    @property
+    def fits(self) -> bool:
+        return self.budget is None or self.needed <= self.budget
+
+
+def make_plan(setting: Setting, budget: int | None = None) -> Plan:
+    """Dry runs of every phase; all but `load` are of a later iteration, when the optimizers have their moments."""
+    loaded, moments = resident(setting)
+    lasting = loaded + moments
+    made = [Phase("load", loaded), Phase("rollout", lasting + _rollout(setting, lasting.total(), budget))]
+    if setting.rewards:
+        made.append(Phase("reward", lasting + _largest([_reward(*r, setting.work) for r in setting.rewards])))
+    scored = [m for m in (setting.policy, setting.reference, setting.critic) if m is not None]
+    made.append(Phase("score", lasting + _largest([_forward(m, setting.work) for m in scored]) + _batch(setting)))
+    updates = [_gradient(setting.policy, setting)]
+    if setting.critic is not None:
+        updates.append(_gradient(setting.critic, setting))
+    snapshot = _snapshot(setting)
+    made.append(Phase("update", lasting + _largest(updates) + _batch(setting) + snapshot))
+    return Plan(setting, tuple(made), budget)
+
+
+def resident(setting: Setting) -> tuple[Parts, Parts]:
+    """What lives from loading on, and the optimizers' moments."""
+    loaded, moments = Parts(), Parts()
+    named = [("policy", setting.policy), ("critic", setting.critic), ("reference", setting.reference)]
+    named += [("reward", model) for model, _ in setting.rewards]
+    for name, model in [(name, model) for name, model in named if model is not None]:
+        size = passes.sizes(model)
+        on_base = model.adapted and name != "policy"  # whose weights are counted there
+        loaded[f"{name} weights"] += size.trained if on_base else size.weights
+    for model in [model for model in (setting.policy, setting.critic) if model is not None]:
+        loaded[MASTERS] += passes.sizes(model).masters
+        moments["optimizer moments"] += passes.sizes(model).moments
+    return +loaded, moments
+
+
+def _gradient(model: Model, setting: Setting) -> Parts:
+    load, more = setting.work.micro(setting.work.minibatch)
+    backward = _beyond(passes.gradient(model, load, accumulates=more))
+    return _largest([backward, _step(model)])
+
+
+def _step(model: Model) -> Parts:
+    """When the micro-batches are through."""
+    gradients = passes.sizes(model).gradients
+    return Parts({GRADIENTS: gradients, "optimizer step": passes.sizes(model).step})
+
+
+def _forward(model: Model, work: Work) -> Parts:
+    return _beyond(passes.forward(model, work.micro(work.sequences)[0]))
+
+
+def _reward(model: Model, batch_size: int, work: Work) -> Parts:
+    most = max(work.longest, REWARD_TOKENS)
+    return _forward(model, replace(work, sequences=min(work.sequences, batch_size), max_tokens=most))
+
+
+def _rollout(setting: Setting, lasting: int, budget: int | None) -> Parts:
+    work = setting.work
+    rows = min(work.max_rows, work.sequences, _rows_that_fit(setting, lasting, budget))
+    run = passes.sampling(setting.policy, rows, work.prompt, work.response, span=SPAN, prefill=PREFILL_TOKENS)
+    requests = Parts({"requests": work.sequences * work.response * (4 + 8 + 4)})  # uniforms, tokens, log-probs
+    return _beyond(run) + requests
+
+
+def _rows_that_fit(setting: Setting, lasting: int, budget: int | None) -> int:
+    """As the embedded engine does: what `kv_gib` says, on a GPU half of what is free, on a CPU all."""
+    work, space = setting.work, setting.work.kv_bytes
+    if space is None and setting.device.type == "cuda" and budget is not None:
+        space = max(0, budget - CONTEXT["cuda"] - lasting) // 2
+    if space is None:
+        return work.max_rows
+    row = passes.kv_row_bytes(setting.policy, -(-work.longest // SPAN) * SPAN)
+    return max(1, space // row)
+
+
+def _batch(setting: Setting) -> Parts:
+    """The rollout, the experience, and the indices of a micro-batch."""
+    work = setting.work
+    tokens, actions = work.sequences * work.longest, work.sequences * work.response
+    indices = 9 * 8 * work.micro(work.minibatch)[0].tokens
+    return Parts({"batch": tokens * (8 + 1 + 8) + actions * (8 + 9 * 4) + indices})
+
+
+def _snapshot(setting: Setting) -> Parts:
+    """Weights as they are kept, and moments of the policy, to roll back to."""
+    size = passes.sizes(setting.policy)
+    return Parts({"roll-back copy": ((size.masters or size.trained) + size.moments) * setting.roll_back})
+
+
+def _beyond(run: Parts) -> Parts:
+    """A dry run without what is resident."""
+    return Parts({name: size for name, size in run.items() if name not in (WEIGHTS, MASTERS)})
+
+
+def _largest(some: Sequence[Parts]) -> Parts:
+    key: Callable[[Parts], int] = lambda parts: parts.total()  # noqa: E731
+    return max(some, key=key)

@@ -1,0 +1,105 @@
+"""A run's config, as a plan sees it: shapes of its models, from config.json alone, and the data of an iteration."""
+
+import re
+from typing import Any
+
+import torch
+
+from fastppo import models
+from fastppo.checks import InputError, require
+from fastppo.config import RunConfig
+from fastppo.config_inputs import RewardConfig
+from fastppo.memory.passes import Model
+from fastppo.memory.plan import Setting, Work
+from fastppo.models.outline import Kind
+
+UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+
+
+def setting_of(
+    config: RunConfig, device: torch.device, *, prompt_tokens: int | None = None, world_size: int = 1
+) -> Setting:
+    """What is planned for one rank.
+
+    Args:
+        prompt_tokens: of the longest prompt; None: data.max_prompt_tokens.
+
+    Raises:
+        ValueError: the config of a model cannot be read.
+    """
+    rewards = [
+        (_model(r.target, "reward", config, device, dtype=r.dtype), r.batch_size) for r in _reward_models(config)
+    ]
+    checkpointing = config.policy.gradient_checkpointing
+    learns = {"optimizer": config.policy_optimizer, "memory": config.memory}
+    return Setting(
+        policy=_model(config.policy.path, "policy", config, device, gradient_checkpointing=checkpointing, **learns),
+        critic=_critic(config, device),
+        reference=_reference(config, device),
+        rewards=tuple(rewards),
+        work=_work(config, prompt_tokens, world_size),
+        roll_back=config.ppo.roll_back,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "24GB" (10^9 each), "23.5GiB" (2^30), MB or MiB.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise InputError(f"a size of memory is a number with GB, GiB, MB or MiB, as in 24GB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def _work(config: RunConfig, prompt_tokens: int | None, world_size: int) -> Work:
+    rollout, sequences = config.rollout, config.rollout.num_prompts * config.rollout.samples_per_prompt // world_size
+    work = Work(
+        sequences=sequences,
+        minibatch=-(-sequences // config.ppo.num_minibatches),
+        prompt=prompt_tokens or config.data.max_prompt_tokens,
+        response=rollout.max_new_tokens,
+        max_tokens=config.ppo.max_tokens_per_microbatch,
+        max_rows=rollout.max_rows,
+        kv_bytes=None if rollout.kv_gib is None else int(rollout.kv_gib * 2**30),
+    )
+    require(
+        work.longest <= work.max_tokens,
+        f"a prompt of {work.prompt} tokens and rollout.max_new_tokens make {work.longest}, more than "
+        f"ppo.max_tokens_per_microbatch = {work.max_tokens}: raise it to at least that",
+    )
+    return work
+
+
+def _model(path: str, kind: Kind, config: RunConfig, device: torch.device, **others: Any) -> Model:
+    shape = models.read_config(path, config.policy.trust_remote_code)
+    return Model(**{"config": shape, "kind": kind, "dtype": config.policy.dtype, "device": device, **others})
+
+
+def _critic(config: RunConfig, device: torch.device) -> Model | None:
+    if config.ppo.advantage != "gae":
+        return None
+    named = {"policy": config.policy.path, "reward": next((r.target for r in _reward_models(config)), "")}
+    path = named.get(config.critic.init, config.critic.init)
+    learns = {"optimizer": config.critic_optimizer, "memory": config.memory}
+    checkpointing = config.critic.gradient_checkpointing
+    return _model(path, "critic", config, device, gradient_checkpointing=checkpointing, **learns)
+
+
+def _reference(config: RunConfig, device: torch.device) -> Model | None:
+    """None too where it is the base that the adapters are on: scoring under the policy takes as much."""
+    if config.ppo.kl_coef == 0 or (config.memory.share == "lora" and config.policy.reference is None):
+        return None
+    return _model(config.policy.reference or config.policy.path, "policy", config, device)
+
+
+def _reward(reward: RewardConfig, config: RunConfig, device: torch.device) -> Model:
+    if models.is_saved_adapter(reward.target):
+        return _model(config.policy.path, "reward", config, device, memory=config.memory)
+    return _model(reward.target, "reward", config, device, dtype=reward.dtype)
+
+
+def _reward_models(config: RunConfig) -> list[RewardConfig]:
+    return [r for r in config.rewards if r.kind == "model"]

@@ -1,0 +1,88 @@
+"""The plan against the machine: `fastppo plan`, and at every start of a run."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fastppo import distributed
+from fastppo.checks import InputError
+from fastppo.config import RunConfig
+from fastppo.memory import report
+from fastppo.memory.plan import Plan, make_plan
+from fastppo.memory.setting import parse_size, setting_of
+from fastppo.memory.ways import Way, least, ways_to_fit
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
+MEMINFO = Path("/proc/meminfo")
+
+
+def plan_run(config: RunConfig, gpu: str | None) -> tuple[Plan, list[Way]]:
+    """The plan of a run as written, on a GPU of the size that is named or on this machine; where it does not fit, the
+    ways to."""
+    if gpu is not None:
+        device, budget = torch.device("cuda"), parse_size(gpu)
+    else:
+        device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        budget = memory_of(device)
+    made = make_plan(setting_of(config, device), budget)
+    return made, [] if made.fits else ways_to_fit(config, made)
+
+
+def check_start(config: RunConfig, device: torch.device, prompt_tokens: int) -> Plan:
+    """Say what the run will take, and refuse what cannot run.
+
+    A run that only fits in smaller portions than its config says starts: where memory runs out they are halved.
+
+    Raises:
+        ValueError: not even one sequence at a time fits.
+    """
+    world = distributed.world_size()
+    setting = setting_of(config, device, prompt_tokens=prompt_tokens, world_size=world)
+    made = make_plan(setting, memory_of(device))
+    if not made.fits and not make_plan(least(setting), made.budget).fits:
+        raise InputError(refusal(made, ways_to_fit(config, made)))
+    if distributed.rank() == 0:
+        print(report.verdict(made) + _remark(made), flush=True)
+    return made
+
+
+def refusal(plan: Plan, ways: list[Way]) -> str:
+    """The breakdown, and what would fit."""
+    parts = "\n".join(f"  {name:24}{report.gib(size):>12}" for name, size in plan.peak.parts.most_common())
+    listed = [" ".join(f"--{k.replace('_', '-')} {v}" for k, v in way.keys.items()) for way in ways]
+    said = "\n".join(f"  {i}. {keys}  ({way.cost})" for i, (keys, way) in enumerate(zip(listed, ways, strict=True), 1))
+    ways_out = f"What fits:\n{said}" if ways else "No key of the run file makes it fit: take a smaller model."
+    return f"{report.verdict(plan)}, not even one sequence at a time:\n{parts}\n{ways_out}"
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """plan.json of a run folder."""
+    (folder / "plan.json").write_text(json.dumps(report.to_dict(plan, []), indent=2) + "\n", encoding="utf-8")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a process may take there; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    known = [_meminfo("MemTotal"), int(CGROUP.read_text()) if _limited() else None]
+    return min((size for size in known if size is not None), default=None)
+
+
+def _limited() -> bool:
+    return CGROUP.is_file() and CGROUP.read_text().strip().isdigit()
+
+
+def _meminfo(name: str) -> int | None:
+    """Linux's own account."""
+    lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _remark(plan: Plan) -> str:
+    if not plan.fits:
+        return ", so micro-batches or rows will be halved when it runs out; `fastppo plan` says which settings fit"
+    free = _meminfo("MemAvailable") if plan.setting.device.type == "cpu" else None
+    if free is not None and plan.needed > free:
+        return f", but only {report.gib(free)} are free now"
+    return ""

@@ -1,0 +1,150 @@
+"""Ways to fit: changes of a run file's keys, the cheapest first, each tried by another plan."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fastppo.checks import InputError
+from fastppo.config import RunConfig
+from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan, resident
+from fastppo.memory.setting import setting_of
+
+MOST_WAYS, MOST_CHANGES = 3, 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """Keys and their values, what they cost, and the plan with them."""
+
+    keys: dict[str, object]
+    cost: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to give up. The costlier, the later it is tried."""
+
+    keys: dict[str, object]
+    cost: str
+    price: int
+
+
+def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
+    """The cheapest changes with which the run fits, at most three, none of them more than another needs.
+
+    Micro-batches and rows, which change no result, are made as small as it takes and left as large as they can be.
+    """
+    found: list[Way] = []
+    for changes in _combinations(list(_changes(config))):
+        keys = {key: value for change in changes for key, value in change.keys.items()}
+        if any(way.keys.items() <= keys.items() or _same_changes(way, keys) for way in found):
+            continue
+        made = _tried(config, keys, plan)
+        if made is not None:
+            portions, fitted = made
+            cost = "; ".join([c.cost for c in changes] + ["smaller portions, the same results"] * bool(portions))
+            found.append(Way(keys | portions, cost, fitted))
+        if len(found) == MOST_WAYS:
+            break
+    return found
+
+
+def least(setting: Setting) -> Setting:
+    """The same in the smallest portions: one sequence in a micro-batch, one row in the sampler."""
+    return replace(setting, work=replace(setting.work, max_tokens=setting.work.longest, max_rows=1))
+
+
+def changed(config: RunConfig, keys: dict[str, object]) -> RunConfig:
+    """The config with dotted keys replaced."""
+    for key, value in keys.items():
+        table, _, name = key.partition(".")
+        config = replace(config, **{table: replace(getattr(config, table), **{name: value})})
+    return config
+
+
+def _changes(config: RunConfig) -> Iterator[Change]:
+    critic = config.ppo.advantage == "gae"
+    if not (config.policy.gradient_checkpointing and (config.critic.gradient_checkpointing or not critic)):
+        keys: dict[str, object] = {"policy.gradient_checkpointing": True}
+        keys |= {"critic.gradient_checkpointing": True} if critic else {}
+        yield Change(keys, "activations are computed twice: about a third more compute in the update", 1)
+    if config.ppo.roll_back:
+        yield Change({"ppo.roll_back": False}, "an update that drifts too far stops and is not undone", 2)
+    yield from _optimizers(config)
+    if config.policy.dtype == "float32":
+        yield Change({"policy.dtype": "bfloat16"}, "the models compute in bfloat16", 3)
+    if critic:
+        keys = {"ppo.advantage": "reinforce++", "critic.init": "policy"}
+        yield Change(keys, "no critic: another estimator of advantages", 5)
+    if config.ppo.kl_coef > 0 and config.ppo.kl_target is None:
+        yield Change({"ppo.kl_coef": 0.0}, "no reference: nothing holds the policy to where it began", 6)
+
+
+def _optimizers(config: RunConfig) -> Iterator[Change]:
+    """Moments and masters in less memory, of all roles that learn."""
+    roles = ["policy_optimizer", *(["critic_optimizer"] if config.ppo.advantage == "gae" else [])]
+    if all(getattr(config, role).kind == "adamw" for role in roles):
+        keys: dict[str, object] = {f"{role}.kind": "adamw-8bit" for role in roles}
+        yield Change(keys, "moments in 8 bits (torchao)", 2)
+    if config.policy.dtype == "bfloat16" and all(getattr(config, role).masters == "float32" for role in roles):
+        keys = {f"{role}.masters": "stochastic" for role in roles}
+        yield Change(keys, "weights are rounded at random, without float32 copies", 3)
+    if config.memory.share == "none":
+        yield Change({"memory.share": "lora"}, "adapters are trained, not the weights (peft)", 4)
+
+
+def _combinations(changes: list[Change]) -> Iterator[tuple[Change, ...]]:
+    """None of them, then some, by the sum of their prices."""
+    some = [c for n in range(MOST_CHANGES + 1) for c in itertools.combinations(changes, n)]
+    return iter(sorted(some, key=lambda c: sum(change.price for change in c)))
+
+
+def _tried(config: RunConfig, keys: dict[str, object], plan: Plan) -> tuple[dict[str, object], Plan] | None:
+    """None too for changes that do not go together."""
+    try:
+        config = changed(config, keys)
+    except InputError:
+        return None
+    return _fitted(config, plan)
+
+
+def _same_changes(way: Way, keys: dict[str, object]) -> bool:
+    """Whether a way found before does with some of these keys, beside its portions."""
+    own = {k: v for k, v in way.keys.items() if k not in ("ppo.max_tokens_per_microbatch", "rollout.max_rows")}
+    return own.items() <= keys.items()
+
+
+def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | None:
+    """The largest portions that fit, as keys where they are smaller than written, and the plan; None if none do."""
+    work, budget = plan.setting.work, plan.budget
+    setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
+    setting = replace(setting, work=replace(setting.work, sequences=work.sequences, minibatch=work.minibatch))
+    certain = sum(part.total() for part in resident(setting)) + CONTEXT[setting.device.type]
+    if certain > (budget or 0) or not make_plan(least(setting), budget).fits:
+        return None
+    keys: dict[str, object] = {}
+    tokens, rows = setting.work.max_tokens, min(setting.work.max_rows, work.sequences)
+    while not (made := make_plan(setting, budget)).fits:
+        if _phase(made, "rollout") > _budget(made) and rows > 1:
+            rows //= 2
+            keys["rollout.max_rows"] = rows
+        else:
+            tokens = max(_halved(tokens, setting), setting.work.longest)
+            keys["ppo.max_tokens_per_microbatch"] = tokens
+        setting = replace(setting, work=replace(setting.work, max_tokens=tokens, max_rows=rows))
+    return keys, made
+
+
+def _halved(tokens: int, setting: Setting) -> int:
+    """Half of what a micro-batch of all sequences holds, if that is less than `tokens`."""
+    return min(tokens, setting.work.sequences * setting.work.longest) // 2
+
+
+def _phase(plan: Plan, name: str) -> int:
+    return next(phase.total for phase in plan.phases if phase.name == name)
+
+
+def _budget(plan: Plan) -> int:
+    assert plan.budget is not None
+    return plan.budget - plan.overhead

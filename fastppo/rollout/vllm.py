@@ -1,0 +1,275 @@
+"""Sampling by vLLM servers, over HTTP; vLLM itself is never imported.
+
+The weights of each version are left in a folder (`weights.py`), and a server that does not have them gets them before
+it is asked: after an update, at the first call, and after a restart are one case. Every answer says which weights drew
+it, so that one from a server that came back with others is not taken.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastppo import distributed, models
+from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
+from fastppo.checks import RolloutError, require
+from fastppo.config import VLLMConfig
+from fastppo.protocols import OnFinish
+from fastppo.rollout.seeds import request_seeds
+from fastppo.rollout.vllm_server import CONTROL_S, Failed, Server, Unreachable
+from fastppo.rollout.weights import PublishedWeights
+
+POLL_S = 1.0  # between looks for a server that is to come back
+BACKOFF_S = 0.5  # after the first failure of a request, doubled after each
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted."""
+
+    prompt: tuple[int, ...]
+    limit: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was drawn for it."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    reason: FinishReason
+
+
+class VLLMEngine:
+    """A `RolloutEngine` on servers that hold a copy of the policy.
+
+    Args:
+        policy: the module that is trained; the servers run the same architecture.
+        eos_token_ids: tokens that end a response, kept as its last token.
+        config: where the servers are and how long to wait for them.
+        max_rows: requests in flight at a time, over all servers.
+        seed: of the engine's own generator.
+
+    Raises:
+        ValueError: there are fewer servers than ranks, or the folder for weights cannot be written.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        config: VLLMConfig | None = None,
+        max_rows: int = 512,
+        seed: int = 0,
+    ) -> None:
+        self.policy, self.eos_token_ids, self.max_rows = policy, tuple(eos_token_ids), max_rows
+        self.config = config or VLLMConfig()
+        mine = self.config.servers[distributed.rank() :: distributed.world_size()]
+        require(
+            len(mine) > 0,
+            f"rollout.vllm.servers has {len(self.config.servers)} servers for {distributed.world_size()} ranks: each "
+            "rank needs one of its own",
+        )
+        self.servers = [Server(url, self.config.timeout_s) for url in mine]
+        self.weights = PublishedWeights(self.config.folder)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.version = 0
+        self._one_at_a_time = threading.Lock()  # a rollout that runs ahead, an evaluation, and new weights
+        self._waiting = threading.Lock()
+        self._stopped = threading.Event()
+
+    def sync_weights(self, policy: nn.Module, version: int) -> None:
+        """Leave these weights for the servers, which get them at the next `generate`; waits for one that runs."""
+        with self._one_at_a_time:
+            self.weights.publish(policy, version)
+            self.version = version
+
+    def generate(self, prompts: Prompts, sampling: Sampling, on_finish: OnFinish | None = None) -> Rollout:
+        """Draw `samples_per_prompt` responses to each prompt, in order; `on_finish` hears of each as it ends.
+
+        Each request has a seed of its own, from the sampling seed, its prompt and its rank. Rounding in the server's
+        batches may still change a token now and then.
+
+        Raises:
+            ValueError: a prompt with its response is longer than the model's or a server's context.
+            RolloutError: no server answered for `wait_s`, or one refused or kept failing a request; nothing is dropped.
+        """
+        n, seed = sampling.samples_per_prompt, sampling.seed
+        limits = prompts.limits or (sampling.max_new_tokens,) * len(prompts)
+        longest = models.require_context(self.policy, prompts, limits)
+        if seed is None:
+            seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        pairs = [pair for pair in zip(prompts.token_ids, limits, strict=True) for _ in range(n)]
+        seeds = request_seeds(prompts, n, seed)
+        requests = [Request(ids, limit, number) for (ids, limit), number in zip(pairs, seeds, strict=True)]
+        with self._one_at_a_time:
+            if self.weights.current is None:
+                self.weights.publish(self.policy, self.version)
+            version = self.version
+            self._wake(longest)
+            answers = self._collect(requests, sampling, on_finish)
+            self._sleep()
+        return Rollout.pack(
+            [request.prompt for request in requests],
+            [answer.tokens for answer in answers],
+            finish_reasons=[answer.reason for answer in answers],
+            logprobs=[answer.logprobs for answer in answers],
+            group_ids=[i for i in range(len(prompts)) for _ in range(n)],
+            records=[r for r in prompts.records for _ in range(n)],
+            sampling=sampling,
+            policy_version=version,
+            device=self.policy.device,
+        )
+
+    def stop(self) -> None:
+        """End a `generate` that runs in another thread: it raises."""
+        self._stopped.set()
+        for server in self.servers:
+            server.hang_up()
+
+    def _collect(self, requests: list[Request], sampling: Sampling, on_finish: OnFinish | None) -> list[Answer]:
+        """The answer to every request, in order. What ends it ends every call that is under way."""
+        self._stopped.clear()
+        with ThreadPoolExecutor(min(self.max_rows, len(requests)), thread_name_prefix="vllm") as pool:
+            places: dict[Future[Answer], int] = {
+                pool.submit(self._answer, i, request, sampling): i for i, request in enumerate(requests)
+            }
+            try:
+                for future in as_completed(places):
+                    answer = future.result()
+                    if on_finish is not None:
+                        on_finish(places[future], answer.tokens, answer.reason)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
+        return [future.result() for future in places]
+
+    def _answer(self, place: int, request: Request, sampling: Sampling) -> Answer:
+        """Ask until a server answers with the current weights."""
+        body = self._body(request, sampling)
+        for attempt in range(self.config.retries + 1):
+            server = self._next(place + attempt)
+            try:
+                self._bring(server)
+                return self._read(server, server.call("/inference/v1/generate", body), request, sampling)
+            except (Unreachable, Failed) as error:
+                server.version = None  # whoever answers next is asked what it has
+                server.down |= isinstance(error, Unreachable)
+                if attempt == self.config.retries or self._stopped.is_set():
+                    raise RolloutError(f"a request failed {attempt + 1} times; the last time: {error}") from error
+                self._stopped.wait(BACKOFF_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _bring(self, server: Server) -> None:
+        assert self.weights.current is not None
+        server.bring(self.weights.current, self.weights.version)
+
+    def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        return {
+            "token_ids": list(request.prompt),
+            "return_token_ids": True,
+            "cache_salt": self.weights.version,  # keys of other weights are never found, whatever the cache holds
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "max_tokens": request.limit,
+                "seed": request.seed,
+                "stop_token_ids": [*self.eos_token_ids, *sampling.stop_token_ids],
+                "ignore_eos": True,  # the server's own idea of them
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+
+    def _read(self, server: Server, answer: Any, request: Request, sampling: Sampling) -> Answer:
+        """Check an answer: all of it, for this prompt, from these weights. Tokens after a stop sequence go."""
+        try:
+            (choice,) = answer["choices"]
+            tokens, content = choice["token_ids"], choice["logprobs"]["content"]
+            versions = {span["version"] for span in choice["weight_versions"] or ()}
+            logprobs = [min(float(entry["logprob"]), 0.0) for entry in content]  # a log softmax may round to above 0
+            same = [entry["token_id"] for entry in content] == tokens and answer["prompt_token_ids"] == [
+                *request.prompt
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise Failed(f"{server.url}: not an answer of vLLM >= 0.32: {type(error).__name__}: {error}") from error
+        if versions != {self.weights.version}:
+            raise Failed(f"{server.url} answered with weights {sorted(versions)}, not {self.weights.version!r}")
+        stopped = bool(tokens) and tokens[-1] in (*self.eos_token_ids, *sampling.stop_token_ids)
+        if not same or not (stopped or len(tokens) == request.limit):
+            raise Failed(f"{server.url} gave {len(tokens)} of {request.limit} tokens, then {choice['finish_reason']!r}")
+        end = _end_of_sequence(tokens, sampling.stop_sequences)
+        reason: FinishReason = "stop" if stopped or end is not None else "length"
+        return Answer(tokens[:end], logprobs[:end], reason)
+
+    def _next(self, turn: int) -> Server:
+        """Servers take turns; when none is left, wait for the first that comes back."""
+        up = [server for server in self.servers if not server.down]
+        if up:
+            return up[turn % len(up)]
+        with self._waiting:
+            up = [server for server in self.servers if not server.down]
+            return up[turn % len(up)] if up else self._wait_for_one()
+
+    def _wait_for_one(self) -> Server:
+        end, reason = time.monotonic() + self.config.wait_s, ""
+        print(f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one to come back", flush=True)
+        while time.monotonic() < end and not self._stopped.is_set():
+            for server in self.servers:
+                try:
+                    server.call("/weight_info", method="GET", timeout_s=CONTROL_S)
+                except (Unreachable, Failed) as error:
+                    reason = str(error)
+                    continue
+                server.version, server.down = None, False
+                print(f"rollout: {server.url} is back, it gets the weights again", flush=True)
+                return server
+            self._stopped.wait(POLL_S)
+        raise RolloutError(
+            f"no vLLM server answered for rollout.vllm.wait_s = {self.config.wait_s:.0f} s ({reason}): start one, as "
+            "`fastppo doctor` prints it, and go on with --resume"
+        )
+
+    def _wake(self, longest: int) -> None:
+        """Look after every server; one that is gone is left out while others are there."""
+        for server in self.servers:
+            server.version, server.down = None, False
+            try:
+                context = server.longest()
+                if self.config.sleep:
+                    server.call("/wake_up")
+                self._bring(server)
+            except (Unreachable, Failed) as error:
+                server.down = isinstance(error, Unreachable)
+                print(f"rollout: {error}", flush=True)
+                continue
+            require(
+                longest <= context,
+                f"a prompt and its response make {longest} tokens, more than the --max-model-len {context} of "
+                f"{server.url}: start it with at least that",
+            )
+
+    def _sleep(self) -> None:
+        for server in self.servers if self.config.sleep else ():
+            try:
+                server.call("/sleep?level=1&mode=wait")
+            except (Unreachable, Failed) as error:
+                print(f"rollout: {error}", flush=True)
+
+
+def _end_of_sequence(tokens: list[int], stops: Sequence[Sequence[int]]) -> int | None:
+    """Where the first stop sequence in `tokens` ends; None without one."""
+    for end in range(1, len(tokens) + 1):
+        if any(tokens[max(end - len(stop), 0) : end] == [*stop] for stop in stops):
+            return end
+    return None

@@ -1,0 +1,61 @@
+"""Attention of one new token per sequence in C++: CPU tensors only."""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastppo_kernels.native.isa import chosen_isa
+from fastppo_kernels.native.library import load
+
+_POINTER, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    span: int,
+) -> Tensor:
+    """See `fastppo_kernels.decode_attention`; float32 inside.
+
+    Raises:
+        ValueError: tensors of another dtype than float32 and bfloat16, or a position outside [0, span).
+    """
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"q must be float32 or bfloat16, got {q.dtype}; convert it with .float()")
+    (n, heads, D), kv_heads = q.shape, k.shape[1]
+    if n and not 0 <= int(positions.min()) <= int(positions.max()) < span:
+        raise ValueError(f"positions must lie in [0, {span}), got {int(positions.min())} to {int(positions.max())}")
+    q, k, v, positions = (x.contiguous() for x in (q, k, v, positions))
+    out, library, threads = torch.empty_like(q), _library(), torch.get_num_threads()
+    scratch = torch.empty(threads, library.fastppo_decode_scratch(span, heads // max(kv_heads, 1), D))
+    library.fastppo_decode_attention(
+        *[n, kv_heads, heads // max(kv_heads, 1), D, _DTYPES[q.dtype]],
+        *[x.data_ptr() for x in (q, k, v, keys, values)],
+        *[keys.stride(0), keys.stride(1), positions.data_ptr(), span, span if window is None else window],
+        *[scale, softcap or 0.0, scratch.data_ptr(), out.data_ptr(), chosen_isa(), threads],
+    )
+    return out
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load()
+    memory, settings = [_POINTER] * 5, [_INT64, _INT64, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT]
+    library.fastppo_decode_attention.argtypes = [
+        *[_INT64] * 4, _INT, *memory, *settings, _POINTER, _POINTER, _INT, _INT
+    ]  # fmt: skip
+    library.fastppo_decode_attention.restype = None
+    library.fastppo_decode_scratch.argtypes = [_INT64] * 3
+    library.fastppo_decode_scratch.restype = _INT64
+    return library
