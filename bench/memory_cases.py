@@ -29,6 +29,9 @@ class Case:
     max_tokens: int = 256
     num_minibatches: int = 2
     tied: bool = False
+    share: str = "none"
+    optimizer: str = "adamw"
+    masters: str = "float32"
 
 
 CASES = (
@@ -38,6 +41,10 @@ CASES = (
     Case("full, bfloat16, one micro-batch", dtype="bfloat16", max_tokens=1024, num_minibatches=1),
     Case("full, bfloat16, vocabulary 20000, checkpointing", vocab_size=20000, dtype="bfloat16", checkpointing=True),
     Case("full, tied embeddings", vocab_size=20000, tied=True),
+    Case("lora", share="lora"),
+    Case("lora, bfloat16, vocabulary 20000, checkpointing", 20000, "bfloat16", checkpointing=True, share="lora"),
+    Case("full, 8-bit", optimizer="adamw-8bit"),
+    Case("full, bfloat16, 8-bit, stochastic rounding", 20000, "bfloat16", optimizer="adamw-8bit", masters="stochastic"),
 )
 
 
@@ -67,6 +74,9 @@ def config(case: Case, folder: Path) -> RunConfig:
     tables: dict[str, Any] = {
         "policy": {"path": str(folder), "dtype": case.dtype, "gradient_checkpointing": case.checkpointing},
         "critic": {"gradient_checkpointing": case.checkpointing},
+        "memory": {"share": case.share},
+        "policy_optimizer": {"kind": case.optimizer, "masters": case.masters},
+        "critic_optimizer": {"kind": case.optimizer, "masters": case.masters},
         "data": {"prompts": "none.jsonl", "max_prompt_tokens": PROMPT_TOKENS},
         "rewards": [{"kind": "model", "target": str(folder), "dtype": case.dtype}],
         "rollout": {"num_prompts": 8, "max_new_tokens": 16, "temperature": 1.0},
@@ -87,6 +97,7 @@ def build(run: RunConfig, case: Case) -> tuple[PPOEngine, WeightedRewards]:
     policy = models.new_causal_lm(shape(case), run.policy.dtype)
     policy = models.prepare_policy(policy, gradient_checkpointing=checkpointing)
     reward = RewardModel(models.frozen(models.reward_model_from(policy)))
+    policy = models.adapt(policy, run.memory) if case.share == "lora" else policy
     engine = PPOEngine(
         policy,
         critic=models.critic_from(policy, gradient_checkpointing=checkpointing),

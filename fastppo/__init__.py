@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastppo.config import (
         CriticConfig,
         DataConfig,
+        MemoryConfig,
         ModelConfig,
         OptimizerConfig,
         PPOConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "Experience",
     "FunctionReward",
     "HTTPReward",
+    "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PPOConfig",

@@ -1,4 +1,5 @@
-"""Every knob of a run, with its unit and its legal range; those of models, prompts and rewards are in config_inputs.
+"""Every knob of a run, with its unit and its legal range; those of models, prompts and rewards are in config_inputs,
+of sharing in config_memory, of optimizers in config_optimizer.
 
 Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+
 below; what differs from them says so.
@@ -10,6 +11,8 @@ from typing import Literal
 
 from fastppo.checks import require, require_positive, require_unit
 from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
+from fastppo.config_memory import MemoryConfig
+from fastppo.config_optimizer import OptimizerConfig
 from fastppo.config_vllm import VLLMConfig
 from fastppo.config_watch import WatchConfig
 
@@ -203,34 +206,6 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW and its schedule, one for the policy and one for the critic."""
-
-    lr: float = 3e-6
-    """Learning rate of AdamW, before warm-up and schedule."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Stepped once per PPO iteration; linear and cosine end at 0 after the last one."""
-    warmup_steps: int = 0
-    """Iterations over which the rate rises; the first one already learns."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's first and second moments."""
-    eps: float = 1e-5
-    """Added to the root of AdamW's second moment."""
-    weight_decay: float = 0.0
-    """Decoupled: weights shrink by lr * weight_decay per step."""
-    max_grad_norm: float | None = 1.0
-    """Global norm the gradient is clipped to, after accumulation. N+ does not clip: None."""
-
-    def __post_init__(self) -> None:
-        require(self.lr >= 0 and math.isfinite(self.lr), f"optimizer lr must be finite and >= 0, got {self.lr}")
-        require_positive("optimizer", self, "eps", "max_grad_norm")
-        decays = 0 <= self.weight_decay < math.inf
-        require(decays, f"optimizer weight_decay must be finite and >= 0, got {self.weight_decay}")
-        require(self.warmup_steps >= 0, f"optimizer warmup_steps must be >= 0, got {self.warmup_steps}")
-        require(all(0 <= b < 1 for b in self.betas), f"optimizer betas must be in [0, 1), got {self.betas}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Length of the run and what it writes."""
 
@@ -274,6 +249,7 @@ class RunConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/ppo"
     """Run folder: config.json, metrics.jsonl, samples.jsonl, checkpoints/."""
@@ -316,6 +292,17 @@ class RunConfig:
             not self.rollout.one_step_off or self.ppo.importance_cap is not None,
             "rollout.one_step_off trains on responses of the policy before the last update: set ppo.importance_cap, "
             "the truncation of the weights that correct for it, e.g. 2",
+        )
+        require(
+            self.memory.share == "none" or self.critic.init == "policy",
+            f"memory.share = 'lora' makes the critic an adapter on the policy's base, so critic.init must be 'policy', "
+            f"got {self.critic.init!r}",
+        )
+        rounds = "stochastic" in (self.policy_optimizer.masters, self.critic_optimizer.masters)
+        require(
+            not rounds or (self.policy.dtype == "bfloat16" and self.memory.share == "none"),
+            "optimizer masters = 'stochastic' rounds bfloat16 weights that train: it needs policy.dtype = 'bfloat16' "
+            f"and memory.share = 'none', got {self.policy.dtype!r} and {self.memory.share!r}",
         )
         require(
             self.ppo.importance_cap is None or self.rollout.old_logprobs != "sampler",

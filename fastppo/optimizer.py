@@ -1,21 +1,18 @@
-"""One role's model with its AdamW and schedule. bfloat16 weights are trained through float32 masters.
-
-An update of 1e-6 to a bfloat16 weight of 1 is lost to rounding every time, so the optimizer owns float32 copies,
-gradients are added up in float32, and the model gets the rounded result.
-"""
+"""One role's model with its AdamW and schedule. Whatever the weights' dtype, the optimizer steps float32 masters."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastppo import distributed
+from fastppo.adamw import make_adamw, placed, plain_tensors, set_rate, state_from
 from fastppo.checks import require
 from fastppo.config import OptimizerConfig
+from fastppo.masters import Weight, gradients_where_masters_are, make_weight
 
 
 @dataclass
@@ -23,10 +20,8 @@ class Trainable:
     """A model that learns."""
 
     model: PreTrainedModel
-    names: list[str]
-    parameters: list[torch.nn.Parameter]
-    masters: list[Tensor]  # the float32 tensors that the optimizer steps; a float32 parameter is its own
-    optimizer: torch.optim.Optimizer
+    weights: dict[str, Weight]  # by parameter name
+    optimizer: torch.optim.Optimizer  # of their masters
     config: OptimizerConfig
     total_steps: int  # PPO iterations that the schedule spans
     iteration: int = 0
@@ -45,14 +40,14 @@ class Trainable:
         Returns:
             The gradient's norm, before clipping; NaN or infinity for a step that was skipped.
         """
-        distributed.sum_gradients(self.masters)
+        gradients = [w.gradient for w in self.weights.values()]
+        distributed.sum_gradients(gradients)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        norm = torch.nn.utils.get_total_norm([g.grad for g in gradients if g.grad is not None])
         total = float(norm + 0 * loss)  # 0 * infinity is NaN: the device is asked once
         if total < math.inf:  # False for NaN too
-            torch.nn.utils.clip_grads_with_norm_(self.masters, limit, norm)
-            self.optimizer.step()
-            self._publish()
+            torch.nn.utils.clip_grads_with_norm_(gradients, limit, norm)
+            self._step_weights()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -62,9 +57,12 @@ class Trainable:
 
     def _fault(self, loss: float) -> str:
         """What is not finite: the loss, the first tensor of the gradient, or only the norm of all."""
-        for name, master in zip(self.names, self.masters, strict=True):
-            if master.grad is not None and (bad := int((~master.grad.isfinite()).sum())):
-                return f"{bad} of {master.numel()} entries of the gradient of {name!r} are not finite (loss {loss:.3g})"
+        for name, weight in self.weights.items():
+            gradient = weight.gradient.grad
+            if gradient is not None and (bad := int((~gradient.isfinite()).sum())):
+                return (
+                    f"{bad} of {gradient.numel()} entries of the gradient of {name!r} are not finite (loss {loss:.3g})"
+                )
         return f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is beyond float32"
 
     def next_iteration(self) -> None:
@@ -74,74 +72,87 @@ class Trainable:
 
     def set_rate(self) -> None:
         """Give the optimizer the learning rate of this iteration."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        set_rate(self.optimizer, self.rate)
 
     def zero_grad(self) -> None:
         """Drop the gradient accumulated so far."""
-        self.optimizer.zero_grad()
-        for parameter in self.parameters:
-            parameter.grad = None  # what a backward that failed has not yet given to its master
+        for weight in self.weights.values():
+            weight.gradient.grad = None
+            weight.parameter.grad = None  # what a backward that failed has not yet handed over
 
-    def snapshot(self) -> list[Any]:
+    def snapshot(self) -> dict[str, Tensor]:
         """Weights and optimizer state, to `restore`."""
-        state = [{k: _copied(v) for k, v in self.optimizer.state[m].items()} for m in self.masters]
-        return [[m.detach().clone() for m in self.masters], state]
+        return {name: x.clone() for name, x in self.state().items()}
 
-    @torch.no_grad()
-    def restore(self, snapshot: list[Any]) -> None:
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Bitwise back to where `snapshot` was taken."""
-        for master, weight, state in zip(self.masters, *snapshot, strict=True):
-            master.copy_(weight)
-            self.optimizer.state[master] = {k: _copied(v) for k, v in state.items()}
-        self._publish()
+        self.load((name, x.clone()) for name, x in snapshot.items())
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimizer moments by parameter name: `<name>` and `<name>/<moment>`, not copied."""
         out: dict[str, Tensor] = {}
-        for name, master in zip(self.names, self.masters, strict=True):
-            out[name] = master
-            out |= {f"{name}/{key}": value for key, value in self.optimizer.state[master].items()}
+        for name, weight in self.weights.items():
+            out[name] = weight.kept.detach()
+            out |= {f"{name}/{key}": x for key, x in plain_tensors(self.optimizer.state.get(weight.master, {}))}
         return out
 
     @torch.no_grad()
     def load(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """The inverse of `state`, one tensor at a time.
+        """The inverse of `state`, one tensor at a time; moments are kept, not copied, where they are on the device.
 
         Raises:
             ValueError: names or shapes are not those of this model.
         """
-        masters, found = dict(zip(self.names, self.masters, strict=True)), set()
+        moments: dict[str, dict[str, Tensor]] = {}
         for key, value in state:
             name, _, moment = key.partition("/")
-            require(name in masters, f"the checkpoint has a parameter {name!r} that the model has not")
-            master = masters[name]
+            require(name in self.weights, f"the checkpoint has a parameter {name!r} that the model has not")
+            weight = self.weights[name]
+            found = moments.setdefault(name, {})
             if moment:
-                self.optimizer.state[master][moment] = value.to(master.device)
+                found[moment] = placed(moment, value, weight.master.device, self.config.kind)
                 continue
-            shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(master.shape)} in the model"
-            require(value.shape == master.shape, f"parameter {name!r} has shape {shapes}")
-            master.copy_(value)
-            found.add(name)
-        missing = [name for name in self.names if name not in found]
+            shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(weight.parameter.shape)} in the model"
+            require(value.shape == weight.parameter.shape, f"parameter {name!r} has shape {shapes}")
+            weight.kept.copy_(value)
+        missing = [name for name in self.weights if name not in moments]
         require(not missing, f"the checkpoint lacks {len(missing)} parameters of the model, {missing[:3]} first")
-        self._publish()
+        for name, weight in self.weights.items():
+            self.optimizer.state[weight.master] = state_from(moments[name], weight.parameter.shape, self.config.kind)
+            weight.publish()
 
-    @torch.no_grad()
-    def _publish(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+    def _step_weights(self) -> None:
+        """Those that wait come one at a time, each with its master, its gradient and its moments."""
+        waiting = [w for w in self.weights.values() if w.waits]
+        if len(waiting) < len(self.weights):
+            self.optimizer.step()
+            for weight in self.weights.values():
+                if not weight.waits:
+                    weight.publish()
+        states = self.optimizer.state.values() if waiting else ()  # on a GPU to read the count is to wait
+        steps = next((int(s["step"]) for s in states if "step" in s), 0)
+        for i, (weight, gradient) in enumerate(gradients_where_masters_are(waiting)):
+            weight.step(self.optimizer, gradient, (steps, i))
 
 
 def make_trainable(model: PreTrainedModel, config: OptimizerConfig, total_steps: int) -> Trainable:
-    """AdamW on every parameter that requires a gradient."""
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
-    masters = [p if p.dtype == torch.float32 else take_gradients(p) for p in parameters]
-    optimizer = torch.optim.AdamW(
-        masters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    """AdamW on every parameter that requires a gradient.
+
+    Raises:
+        ValueError: the kind of optimizer needs a GPU or a package that is not there.
+    """
+    require(
+        config.kind != "adamw-cpu-offload" or model.device.type == "cuda",
+        "optimizer kind 'adamw-cpu-offload' moves what a GPU does not hold to the host, and this model is on "
+        f"{model.device.type!r} already: use 'adamw'",
     )
-    trainable = Trainable(model, list(names), list(parameters), masters, optimizer, config, total_steps)
+    require(
+        any(p.requires_grad for p in model.parameters()),
+        f"nothing trains: no parameter of this {type(model).__name__} requires a gradient",
+    )
+    weights = {name: make_weight(p, config) for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_adamw([w.master for w in weights.values()], config)
+    trainable = Trainable(model, weights, optimizer, config, total_steps)
     trainable.set_rate()
     return trainable
 
@@ -152,21 +163,3 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int, step: int) -
     progress = min(step / total_steps, 1.0)
     decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return warmup * decay[config.schedule]
-
-
-def take_gradients(parameter: torch.nn.Parameter) -> Tensor:
-    """A float32 copy that takes over each micro-batch's gradient as soon as it is there."""
-    master = parameter.detach().float().requires_grad_()
-
-    def take_gradient(p: Tensor) -> None:
-        if p.grad is None:
-            raise RuntimeError("two engines train one bfloat16 model: each takes over its gradients; build one engine")
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    parameter.register_post_accumulate_grad_hook(take_gradient)
-    return master
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

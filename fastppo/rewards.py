@@ -189,9 +189,15 @@ def load_rewards(
     policy_tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     data: DataConfig | None = None,
+    base: PreTrainedModel | None = None,
 ) -> WeightedRewards:
-    """Build what a run file's [[rewards]] tables describe; `data`: which prompts are chats."""
-    rewards = [_load(c, policy_tokenizer, device, data) for c in configs]
+    """Build what a run file's [[rewards]] tables describe.
+
+    Args:
+        data: which prompts are chats.
+        base: a policy with adapters; a reward model that is adapters too goes on the same base.
+    """
+    rewards = [_load(c, policy_tokenizer, device, data, base) for c in configs]
     early = {c.log_name: c.batch_size for c in configs if c.early}
     on_errors = [OnError(c.on_error, c.retries) for c in configs]
     weights = [c.weight for c in configs]
@@ -253,6 +259,7 @@ def _load(
     policy_tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     data: DataConfig | None,
+    base: PreTrainedModel | None,
 ) -> Reward:
     name = config.log_name
     if config.kind == "function":
@@ -265,7 +272,7 @@ def _load(
             timeout_s=config.timeout_s,
             retries=config.retries,
         )
-    model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code)
+    model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code, base=base)
     model = models.to_device(model, device)
     tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)
     made = RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo import checkpoint, distributed, models
+from fastppo.adamw import require_torchao
 from fastppo.batch import Prompts
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
@@ -71,6 +72,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     _check_ranks(config)
     folder = Path(config.out)
     require_loggers(config.train.loggers)
+    _require_extras(config)
     device = _device(config.device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
     source = PromptSource(
@@ -91,7 +93,8 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
         "the folder must hold the tokenizer that the model was trained with",
     )
     _check_lengths(source.prompts, held_out, policy, config)
-    rewards = load_rewards(config.rewards, tokenizer, device, config.data)
+    policy = models.adapt(policy, config.memory, seed=config.seed) if config.memory.share == "lora" else policy
+    rewards = load_rewards(config.rewards, tokenizer, device, config.data, policy)
     _name_foreign_code(config)
     engine = PPOEngine(
         policy,
@@ -133,6 +136,14 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _require_extras(config: RunConfig) -> None:
+    """What is not installed is said before anything is loaded."""
+    if config.memory.share == "lora":
+        models.require_peft()
+    for optimizer in (config.policy_optimizer, config.critic_optimizer):
+        require_torchao(optimizer)
 
 
 def _check_ranks(config: RunConfig) -> None:

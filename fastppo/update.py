@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ def update(
     policy_stats: list[Stats] = []
     value_stats: list[Stats] = []
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
-    before: list[Any] = []
+    before: dict[str, Tensor] = {}
     drift: float | None = None  # where the policy stopped
     for _ in range(config.num_epochs):
         for minibatch in _minibatches(experience, config, objective, generator):
@@ -73,7 +72,7 @@ def update(
                     if before:
                         policy.restore(before)
                 else:
-                    before = policy.snapshot() if config.roll_back else []
+                    before = policy.snapshot() if config.roll_back else {}
                     norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
                     if norm < math.inf:  # else the step was skipped
                         policy_stats.append(stats)

@@ -23,6 +23,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch._dynamo  # noqa: E402  while torch.empty is still its own: torch.compile looks functions up by identity
 
+with torch.device("meta"):
+    torch.empty(0)  # and so does `torch.device`, when it is first used as a context
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 

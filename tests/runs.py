@@ -80,6 +80,11 @@ def toml(tables: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def own(stderr: str) -> str:
+    """Without what torchao, where it is installed, says whenever transformers imports it."""
+    return "".join(line for line in stderr.splitlines(True) if "torchao" not in line and "_pytree.py" not in line)
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file, every one of them whole."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -205,7 +205,7 @@ def test_the_script_trains_with_a_reward_of_the_folder_it_is_started_in(tmp_path
     (tmp_path / "my_rewards.py").write_text(source)
     path = runs.run_file(tmp_path, rewards=[{"kind": "function", "target": "my_rewards:score", "name": "characters"}])
     done = command("train", path, "--train.total-steps", "1", "--out", "mine", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, runs.own(done.stderr)) == (0, "")
     before, step, after = runs.rows(tmp_path / "mine" / "metrics.jsonl")
     assert "reward/characters" in step
     named, line, *end = done.stdout.splitlines()

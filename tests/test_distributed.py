@@ -1,5 +1,6 @@
 """Two ranks that hold half the sequences each do what one rank with all of them does."""
 
+import importlib.util
 import multiprocessing
 import os
 from typing import Any
@@ -18,7 +19,8 @@ from batches import (
     weights,
     with_random_head,
 )
-from fastppo import Rollout
+from fastppo import Rollout, models
+from fastppo.config import MemoryConfig
 
 FAR: dict[str, Any] = {"kl_coef": 0.3, "num_epochs": 2}
 CASES: dict[str, dict[str, Any]] = {
@@ -32,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "early stop": {**FAR, "num_epochs": 5, "target_kl": 1e-5, "roll_back": True},
     "micro-batches": {**FAR, "max_tokens_per_microbatch": 16},
 }
+if importlib.util.find_spec("peft") is not None:
+    CASES["adapters on one base"] = FAR
 CUT = ("stop", "length", "stop", "stop", "length", "length", "stop", "stop")
 
 
@@ -48,8 +52,9 @@ def part(rank: int, ranks: int, seed: int) -> tuple[Rollout, list[float]]:
 
 def run(case: str, rank: int, ranks: int) -> dict[str, Any]:
     """Three iterations; what is left of them."""
+    policy = tiny.policy(seed=1)
     made = engine(
-        tiny.policy(seed=1),
+        models.adapt(policy, MemoryConfig(lora_rank=4)) if case == "adapters on one base" else policy,
         reference=tiny.policy(seed=2),
         ppo=CASES[case],
         rollout={"old_logprobs": "recompute"},
@@ -57,9 +62,9 @@ def run(case: str, rank: int, ranks: int) -> dict[str, Any]:
     )
     made = made if made.critic is None else with_random_head(made)
     logged = [made.update(made.score(*part(rank, ranks, seed))) for seed in range(3)]
-    models = [made.policy] if made.critic is None else [made.policy, made.critic]
+    roles = [made.policy] if made.critic is None else [made.policy, made.critic]
     moments = (made.moments.count, made.moments.mean, made.moments.std)
-    return {"logged": logged, "weights": [weights(m) for m in models], "kl": made.kl.coef, "moments": moments}
+    return {"logged": logged, "weights": [weights(m) for m in roles], "kl": made.kl.coef, "moments": moments}
 
 
 def worker(rank: int, folder: str) -> None:

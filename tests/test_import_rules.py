@@ -17,9 +17,9 @@ PACKAGES = {"fastppo": ROOT / "fastppo", "fastppo_kernels": ROOT / "kernels" / "
 
 PHASES = {f"fastppo.{name}" for name in ("rollout", "rewards", "score", "advantages", "update")}
 ABOVE_THE_PHASES = {"fastppo.engine", "fastppo.trainer", "fastppo.cli", "fastppo.__main__", "fastppo.<public names>"}
-CONFIGS = {f"fastppo.{name}" for name in ("config", "config_inputs", "config_vllm", "config_watch")}
-SHARED = {"fastppo.batch", "fastppo.protocols", *CONFIGS}
-STDLIB_ONLY = {*CONFIGS, "fastppo.checks"}
+CONFIGS = {f"fastppo.config{name}" for name in ("", "_inputs", "_memory", "_optimizer", "_vllm", "_watch")}
+SHARED = {"fastppo.batch", "fastppo.protocols"} | CONFIGS
+STDLIB_ONLY = {"fastppo.checks"} | CONFIGS
 VLLM_SIDE = "fastppo.rollout.server.fastppo_worker"
 MODEL_CLASSES = re.compile(r"transformers\.(.*\.)?(AutoModel\w*|\w+For(CausalLM|(Sequence|Token)Classification))")
 

@@ -15,6 +15,7 @@ from fastppo import RunConfig
 from fastppo.cli import main
 from fastppo.memory import start
 from fastppo.memory.ledger import Ledger, dry_run
+from fastppo.memory.passes import moment_bytes
 from fastppo.memory.plan import GIB, Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
 from fastppo.memory.ways import changed, ways_to_fit
@@ -64,14 +65,16 @@ def plan_of(run: RunConfig, budget: int | None = None) -> Plan:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("index", [*(pytest.param(i, marks=SLOW) for i in (0, 1, 2, 5)), 3, 4])
+@pytest.mark.parametrize("index", [*(pytest.param(i, marks=SLOW) for i in (0, 1, 2, 4, 5, 7, 8, 9)), 3, 6])
 def test_every_phase_takes_what_was_planned(index: int, cases: Any, tmp_path: Path) -> None:
-    """Within 2 %, for dtypes, vocabularies, checkpointing, tied weights and one or several micro-batches."""
+    """Within 5 %, for dtypes, vocabularies, checkpointing, tied weights, adapters, optimizers and micro-batches."""
     case = cases.CASES[index]
+    for package in ["peft"] * (case.share == "lora") + ["torchao"] * (case.optimizer != "adamw"):
+        pytest.importorskip(package)
     run = cases.config(case, tmp_path)
     used = cases.measured(run, case)
     for phase in cases.planned(run).phases:
-        assert phase.total == pytest.approx(used[phase.name].peak, rel=0.02), (case.name, phase)
+        assert phase.total == pytest.approx(used[phase.name].peak, rel=0.05), (case.name, phase)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,7 +122,7 @@ def test_a_plan_needs_config_json_alone_and_no_memory(tmp_path: Path) -> None:
     assert parts["policy weights"] > 20 * GIB
     assert parts["float32 masters"] == pytest.approx(2 * (parts["policy weights"] + parts["critic weights"]), rel=1e-4)
     update = plan.phases[-1].parts
-    assert update["optimizer moments"] == 2 * parts["float32 masters"]
+    assert update["optimizer moments"] == pytest.approx(2 * parts["float32 masters"], rel=1e-4)
 
 
 def test_checkpointing_and_micro_batches_act_on_activations_alone(tmp_path: Path) -> None:
@@ -150,10 +153,9 @@ def test_each_way_fits_and_takes_no_change_too_many(tmp_path: Path) -> None:
     assert 1 <= len(ways) <= 3 and all(way.plan.fits for way in ways)
     for way in ways:
         assert plan_of(changed(run, way.keys), budget).fits
-        for key in way.keys:
-            fewer = {name: value for name, value in way.keys.items() if name != key}
-            together = key == "critic.init" or key.endswith("gradient_checkpointing")
-            assert together or not plan_of(changed(run, fewer), budget).fits
+        for last in {key.rpartition(".")[2] for key in way.keys} - {"init"}:  # one change, of one role or of two
+            fewer = {key: value for key, value in way.keys.items() if not key.endswith(f".{last}")}
+            assert not plan_of(changed(run, fewer), budget).fits, (last, way.keys)
 
 
 def test_what_nothing_fits_has_no_ways(tmp_path: Path) -> None:
@@ -217,3 +219,27 @@ def test_a_run_that_fits_in_smaller_portions_starts_and_says_so(
     folder = train(run)
     assert "does not fit" in (said := capsys.readouterr().out.splitlines()[0]) and "will be halved" in said
     assert json.loads((folder / "plan.json").read_text())["needed"] == whole.needed
+
+
+def test_adapters_take_one_base_for_all_roles(tmp_path: Path) -> None:
+    """Critic and reference bring no weights of their own but adapters and a value head."""
+    pytest.importorskip("peft")
+    alone, shared = plan_of(wide(tmp_path)), plan_of(wide(tmp_path, memory={"share": "lora"}))
+    base = alone.phases[0].parts["policy weights"]
+    assert "reference weights" not in shared.phases[0].parts
+    assert shared.phases[0].total < 1.02 * base < 0.5 * alone.phases[0].total
+    assert shared.phases[-1].parts["gradients"] < 0.02 * alone.phases[-1].parts["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("numel", "kind", "expected"),
+    [
+        (1 << 20, "adamw", 8 << 20),
+        (1 << 20, "adamw-8bit", (2 << 20) + (8 << 12) + 2048),
+        (1 << 20, "adamw-4bit", (1 << 20) + (8 << 13) + 128),
+        (4095, "adamw-8bit", 8 * 4095),
+        (4097, "adamw-4bit", 8 * 4097),
+    ],
+)
+def test_quantized_moments_come_with_scales_and_only_for_whole_blocks(numel: int, kind: str, expected: int) -> None:
+    assert moment_bytes(numel, kind) == expected

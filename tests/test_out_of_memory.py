@@ -128,7 +128,7 @@ def test_at_one_sequence_the_update_stops_with_a_sentence_and_no_gradient(fails:
     with pytest.raises(OutOfMemory, match=r"out of memory in the update, although \d+ tokens .* is the smallest.*plan"):
         made.update(experience)
     assert all(p.grad is None for p in made.policy.parameters())
-    assert all(m.grad is None for m in made._policy.masters)
+    assert all(w.gradient.grad is None for w in made._policy.weights.values())
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(

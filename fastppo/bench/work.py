@@ -121,7 +121,7 @@ def step_bytes(roles: Iterable[Trainable]) -> float:
     """
     total = 0.0
     for role in roles:
-        for master in role.masters:
+        for master in (weight.master for weight in role.weights.values()):
             state = role.optimizer.state[master].values()
             moments = sum(x.numel() * x.element_size() for x in state if isinstance(x, torch.Tensor) and x.ndim)
             total += 3.0 * master.numel() * master.element_size() + 2.0 * moments

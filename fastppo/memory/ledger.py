@@ -7,12 +7,12 @@ which have shapes and no memory, this is a dry run; on real ones it is an accoun
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,20 +79,17 @@ class Ledger(TorchDispatchMode):
 @contextmanager
 def dry_run() -> Iterator[Ledger]:
     """Within it tensors have a shape, a dtype and no memory; the ledger has what they would take."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    converts = patch.object(nn.Module, "_apply", _converted)
+    with converts, FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         yield ledger
 
 
-def bytes_of(tensors: Any) -> int:
-    """Bytes of some tensors, shared memory once."""
-    sizes = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    return sum(sizes.values())
-
-
-def elements_of(tensors: Any) -> int:
-    """How many numbers the tensors hold."""
-    return sum(x.numel() for x in tensors)
-
-
-def dtype_size(dtype: torch.dtype) -> int:
-    return dtype.itemsize
+def _converted(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` by new parameters: it would swap what a fake one holds, and that is refused."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, p in self._parameters.items():
+        self._parameters[name] = None if p is None else nn.Parameter(fn(p.detach()), p.requires_grad)
+    for name, x in self._buffers.items():
+        self._buffers[name] = None if x is None else fn(x)
+    return self

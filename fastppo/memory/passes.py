@@ -3,23 +3,27 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fastppo import attention, models
+from fastppo.config import MemoryConfig, OptimizerConfig
+from fastppo.masters import make_weight
 from fastppo.memory.attention import OUTLINE
 from fastppo.memory.head import head_bytes, policy_loss, value_loss
 from fastppo.memory.ledger import Ledger, Parts, dry_run
 from fastppo.microbatch import MicroBatch
 from fastppo.models.outline import Kind
-from fastppo.optimizer import take_gradients
 from fastppo.rollout.kv import Decode, KVRows, Prefill
 
 WEIGHTS, MASTERS, GRADIENTS, KV = "weights", "float32 masters", "gradients", "KV cache"
 ACTIVATIONS, BACKWARD, LOGITS = "activations", "backward of a layer", "logits"
+SMALLEST_QUANTIZED = 4096  # numbers of a weight; torchao keeps the moments of smaller ones in float32
+ROUNDING = 16  # bytes per number: the master made for the step, noise, their sum, and the rounded result
 NAMES = ("_name_or_path", "transformers_version", "architectures")  # of a config, and nothing of its shape
 
 
@@ -33,8 +37,9 @@ class Model:
     dtype: str
     device: torch.device
     gradient_checkpointing: bool = False
-    masters: bool = True
-    """bfloat16 weights are trained through float32 copies, and gradients are added up in float32."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    """With share = "lora": adapters are trained, on a base that all roles share."""
 
     def __post_init__(self) -> None:
         said = {key: value for key, value in self.config.to_dict().items() if key not in NAMES}
@@ -47,6 +52,8 @@ class Model:
             model = models.outline(
                 self.config, self.kind, self.dtype, gradient_checkpointing=self.gradient_checkpointing, on_cpu=on_cpu
             )
+            if self.adapted:
+                model = _adapted(model, self.memory)
         if attention.backend(self.device, getattr(torch, self.dtype), None) != "sdpa":
             model.set_attn_implementation(OUTLINE)
         ledger.peak.clear()  # weights that are tied in the end are made apart
@@ -54,8 +61,20 @@ class Model:
         return model
 
     @property
-    def mixed(self) -> bool:
-        return self.masters and self.dtype != "float32"
+    def adapted(self) -> bool:
+        """Whether it learns by adapters."""
+        return self.memory.share == "lora"
+
+
+def _adapted(model: PreTrainedModel, memory: MemoryConfig) -> PreTrainedModel:
+    """With adapters on the layers of the body, which are those a policy has; a value head learns too."""
+    layers = (name for name, x in model.base_model.named_modules() if isinstance(x, nn.Linear | Conv1D))
+    if memory.lora_targets == ("all-linear",):
+        memory = replace(memory, lora_targets=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+    model = models.adapt(model, memory)
+    if model.get_output_embeddings() is None:
+        models.value_head(model).requires_grad_(True)
+    return model
 
 
 @dataclass(frozen=True)
@@ -78,12 +97,46 @@ class Load:
         return MicroBatch(ids, positions, attention.plan([length] * self.sequences), rows, rows, rows, ids)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a role has all the time."""
+
+    weights: int
+    """Of the whole model, a base it shares included."""
+    trained: int
+    """Of those that learn."""
+    gradients: int
+    masters: int
+    moments: int
+    step: int
+    """While the optimizer steps, beside gradients: for weights that are stepped one at a time, those of the largest."""
+
+
 @functools.cache
-def weights(model: Model) -> tuple[int, int]:
-    """Bytes of the weights, and how many of them can be trained."""
+def sizes(model: Model) -> Sizes:
+    """What the weights take, and what their optimizer keeps of them."""
+    kind, rounds = model.optimizer.kind, model.optimizer.masters == "stochastic"
     with dry_run() as ledger:
         made = model.outline(ledger)
-        return ledger.live.total(), sum(p.numel() for p in made.parameters() if p.requires_grad)
+        learning = [p for p in made.parameters() if p.requires_grad]
+        mixed = [p.numel() for p in learning if p.dtype != torch.float32]
+        on_device = 0 if kind == "adamw-cpu-offload" else 1
+        return Sizes(
+            weights=ledger.live.total(),
+            trained=sum(p.numel() * p.element_size() for p in learning),
+            gradients=4 * sum(p.numel() for p in learning),
+            masters=0 if rounds else 4 * sum(mixed) * on_device,
+            moments=sum(moment_bytes(p.numel(), kind) for p in learning) * on_device,
+            step=ROUNDING * max(mixed, default=0) if rounds else 0,
+        )
+
+
+def moment_bytes(numel: int, kind: str) -> int:
+    """Both moments of one weight: float32, or codes with a float32 scale for each block and a table of values."""
+    block, bits = {"adamw-8bit": (256, 8), "adamw-4bit": (128, 4)}.get(kind, (0, 32))
+    if not block or numel < SMALLEST_QUANTIZED or numel % block:
+        return 8 * numel
+    return 2 * (numel * bits // 8 + 4 * (numel // block) + 4 * 2**bits)
 
 
 @functools.cache
@@ -164,11 +217,11 @@ def _follow_gradients(made: PreTrainedModel, model: Model, ledger: Ledger, *, th
     """Masters where there are some, and every gradient called so as soon as it is `there`, or from the beginning."""
     for p in [p for p in made.parameters() if p.requires_grad]:
         with ledger.labelled(MASTERS):
-            master = take_gradients(p) if model.mixed and p.dtype != torch.float32 else p
+            holder = make_weight(p, model.optimizer).gradient
         if there:
             with ledger.labelled(GRADIENTS):
-                master.grad = torch.empty_like(master)
-        p.register_post_accumulate_grad_hook(_tagged(master, ledger))
+                holder.grad = torch.empty(p.shape, dtype=torch.float32)
+        p.register_post_accumulate_grad_hook(_tagged(holder, ledger))
 
 
 def _tagged(master: Tensor, ledger: Ledger) -> Callable[[Tensor], None]:

@@ -7,12 +7,11 @@ import torch
 
 from fastppo.memory import passes
 from fastppo.memory.ledger import Parts
-from fastppo.memory.passes import MASTERS, WEIGHTS, Load, Model
+from fastppo.memory.passes import GRADIENTS, MASTERS, WEIGHTS, Load, Model
 from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
 
 GIB = 1 << 30
 REWARD_TOKENS = 1 << 14  # of samples that a reward model reads at a time
-MOMENT_BYTES = {"adamw": 8.0, "adamw-8bit": 2 + 8 / 256, "adamw-4bit": 1 + 8 / 128}  # per parameter: state and scales
 CONTEXT = {"cuda": GIB, "cpu": int(0.6 * GIB)}  # CUDA's context and cuBLAS's workspace; Python and its libraries
 SLACK = {"cuda": 0.05, "cpu": 0.0}  # of what comes and goes: blocks of the caching allocator that fit nothing
 
@@ -54,9 +53,6 @@ class Setting:
     rewards: tuple[tuple[Model, int], ...]
     """Reward models, and how many sequences each reads at a time."""
     work: Work
-    policy_moments: float = MOMENT_BYTES["adamw"]
-    """Bytes per trained parameter."""
-    critic_moments: float = MOMENT_BYTES["adamw"]
     roll_back: bool = False
 
     @property
@@ -131,18 +127,25 @@ def resident(setting: Setting) -> tuple[Parts, Parts]:
     named = [("policy", setting.policy), ("critic", setting.critic), ("reference", setting.reference)]
     named += [("reward", model) for model, _ in setting.rewards]
     for name, model in [(name, model) for name, model in named if model is not None]:
-        loaded[f"{name} weights"] += passes.weights(model)[0]
-    for model, size in ((setting.policy, setting.policy_moments), (setting.critic, setting.critic_moments)):
-        if model is not None:
-            count = passes.weights(model)[1]
-            loaded[MASTERS] += 4 * count * model.mixed
-            moments["optimizer moments"] += int(size * count)
+        size = passes.sizes(model)
+        on_base = model.adapted and name != "policy"  # whose weights are counted there
+        loaded[f"{name} weights"] += size.trained if on_base else size.weights
+    for model in [model for model in (setting.policy, setting.critic) if model is not None]:
+        loaded[MASTERS] += passes.sizes(model).masters
+        moments["optimizer moments"] += passes.sizes(model).moments
     return +loaded, moments
 
 
 def _gradient(model: Model, setting: Setting) -> Parts:
     load, more = setting.work.micro(setting.work.minibatch)
-    return _beyond(passes.gradient(model, load, accumulates=more))
+    backward = _beyond(passes.gradient(model, load, accumulates=more))
+    return _largest([backward, _step(model)])
+
+
+def _step(model: Model) -> Parts:
+    """When the micro-batches are through."""
+    gradients = passes.sizes(model).gradients
+    return Parts({GRADIENTS: gradients, "optimizer step": passes.sizes(model).step})
 
 
 def _forward(model: Model, work: Work) -> Parts:
@@ -182,9 +185,9 @@ def _batch(setting: Setting) -> Parts:
 
 
 def _snapshot(setting: Setting) -> Parts:
-    """Weights and moments of the policy, to roll back to."""
-    count = passes.weights(setting.policy)[1]
-    return Parts({"roll-back copy": int((4 + setting.policy_moments) * count * setting.roll_back)})
+    """Weights as they are kept, and moments of the policy, to roll back to."""
+    size = passes.sizes(setting.policy)
+    return Parts({"roll-back copy": ((size.masters or size.trained) + size.moments) * setting.roll_back})
 
 
 def _beyond(run: Parts) -> Parts:

@@ -31,8 +31,9 @@ def setting_of(
         (_model(r.target, "reward", config, device, dtype=r.dtype), r.batch_size) for r in _reward_models(config)
     ]
     checkpointing = config.policy.gradient_checkpointing
+    learns = {"optimizer": config.policy_optimizer, "memory": config.memory}
     return Setting(
-        policy=_model(config.policy.path, "policy", config, device, gradient_checkpointing=checkpointing),
+        policy=_model(config.policy.path, "policy", config, device, gradient_checkpointing=checkpointing, **learns),
         critic=_critic(config, device),
         reference=_reference(config, device),
         rewards=tuple(rewards),
@@ -82,13 +83,22 @@ def _critic(config: RunConfig, device: torch.device) -> Model | None:
         return None
     named = {"policy": config.policy.path, "reward": next((r.target for r in _reward_models(config)), "")}
     path = named.get(config.critic.init, config.critic.init)
-    return _model(path, "critic", config, device, gradient_checkpointing=config.critic.gradient_checkpointing)
+    learns = {"optimizer": config.critic_optimizer, "memory": config.memory}
+    checkpointing = config.critic.gradient_checkpointing
+    return _model(path, "critic", config, device, gradient_checkpointing=checkpointing, **learns)
 
 
 def _reference(config: RunConfig, device: torch.device) -> Model | None:
-    if config.ppo.kl_coef == 0:
+    """None too where it is the base that the adapters are on: scoring under the policy takes as much."""
+    if config.ppo.kl_coef == 0 or (config.memory.share == "lora" and config.policy.reference is None):
         return None
     return _model(config.policy.reference or config.policy.path, "policy", config, device)
+
+
+def _reward(reward: RewardConfig, config: RunConfig, device: torch.device) -> Model:
+    if models.is_saved_adapter(reward.target):
+        return _model(config.policy.path, "reward", config, device, memory=config.memory)
+    return _model(reward.target, "reward", config, device, dtype=reward.dtype)
 
 
 def _reward_models(config: RunConfig) -> list[RewardConfig]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan, resident
 from fastppo.memory.setting import setting_of
@@ -39,7 +40,7 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
         keys = {key: value for change in changes for key, value in change.keys.items()}
         if any(way.keys.items() <= keys.items() or _same_changes(way, keys) for way in found):
             continue
-        made = _fitted(changed(config, keys), plan)
+        made = _tried(config, keys, plan)
         if made is not None:
             portions, fitted = made
             cost = "; ".join([c.cost for c in changes] + ["smaller portions, the same results"] * bool(portions))
@@ -70,6 +71,7 @@ def _changes(config: RunConfig) -> Iterator[Change]:
         yield Change(keys, "activations are computed twice: about a third more compute in the update", 1)
     if config.ppo.roll_back:
         yield Change({"ppo.roll_back": False}, "an update that drifts too far stops and is not undone", 2)
+    yield from _optimizers(config)
     if config.policy.dtype == "float32":
         yield Change({"policy.dtype": "bfloat16"}, "the models compute in bfloat16", 3)
     if critic:
@@ -79,10 +81,32 @@ def _changes(config: RunConfig) -> Iterator[Change]:
         yield Change({"ppo.kl_coef": 0.0}, "no reference: nothing holds the policy to where it began", 6)
 
 
+def _optimizers(config: RunConfig) -> Iterator[Change]:
+    """Moments and masters in less memory, of all roles that learn."""
+    roles = ["policy_optimizer", *(["critic_optimizer"] if config.ppo.advantage == "gae" else [])]
+    if all(getattr(config, role).kind == "adamw" for role in roles):
+        keys: dict[str, object] = {f"{role}.kind": "adamw-8bit" for role in roles}
+        yield Change(keys, "moments in 8 bits (torchao)", 2)
+    if config.policy.dtype == "bfloat16" and all(getattr(config, role).masters == "float32" for role in roles):
+        keys = {f"{role}.masters": "stochastic" for role in roles}
+        yield Change(keys, "weights are rounded at random, without float32 copies", 3)
+    if config.memory.share == "none":
+        yield Change({"memory.share": "lora"}, "adapters are trained, not the weights (peft)", 4)
+
+
 def _combinations(changes: list[Change]) -> Iterator[tuple[Change, ...]]:
     """None of them, then some, by the sum of their prices."""
     some = [c for n in range(MOST_CHANGES + 1) for c in itertools.combinations(changes, n)]
     return iter(sorted(some, key=lambda c: sum(change.price for change in c)))
+
+
+def _tried(config: RunConfig, keys: dict[str, object], plan: Plan) -> tuple[dict[str, object], Plan] | None:
+    """None too for changes that do not go together."""
+    try:
+        config = changed(config, keys)
+    except InputError:
+        return None
+    return _fitted(config, plan)
 
 
 def _same_changes(way: Way, keys: dict[str, object]) -> bool:

@@ -4,9 +4,11 @@ All roles are ordinary transformers models with packed attention and dropout off
 load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
 """
 
+from fastppo.models.adapter_files import is_saved_at as is_saved_adapter
 from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, kv_shape, require_context
 from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
+from fastppo.models.lora import adapt, bare, is_adapted, plain_weights, require_peft
 from fastppo.models.outline import outline
 from fastppo.models.prepare import frozen, prepare, to_device
 from fastppo.models.roles import (
@@ -23,6 +25,8 @@ from fastppo.models.roles import (
 
 __all__ = [
     "LMHead",
+    "adapt",
+    "bare",
     "classify",
     "context_length",
     "critic_from",
@@ -30,7 +34,9 @@ __all__ = [
     "frozen",
     "has_tokenizer",
     "hidden_states",
+    "is_adapted",
     "is_decoder",
+    "is_saved_adapter",
     "kv_bytes_per_token",
     "kv_shape",
     "lm_head",
@@ -41,11 +47,13 @@ __all__ = [
     "load_tokenizer",
     "new_causal_lm",
     "outline",
+    "plain_weights",
     "prepare",
     "prepare_policy",
     "reference_of",
     "read_config",
     "require_context",
+    "require_peft",
     "reward_model_from",
     "save",
     "to_device",

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastppo.checks import InputError
+from fastppo.checks import require
 from fastppo.microbatch import MicroBatch
 
 HEADS = ("score", "classifier")  # names that transformers gives a classification head
@@ -38,11 +38,14 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
 def value_head(model: PreTrainedModel) -> nn.Linear:
     """The classification head of a critic or reward model."""
-    for name in HEADS:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            return head
-    raise InputError(f"{type(model).__name__} has no linear head named {' or '.join(HEADS)}")
+    name = head_name(model)
+    require(name is not None, f"{type(model).__name__} has no linear head named {' or '.join(HEADS)}")
+    return getattr(model, str(name))
+
+
+def head_name(model: PreTrainedModel) -> str | None:
+    """The name of its classification head; None where it has none."""
+    return next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
 
 
 def classify(model: PreTrainedModel, hidden: Tensor) -> Tensor:

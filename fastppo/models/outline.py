@@ -22,9 +22,7 @@ def outline(
         config.num_labels = 1
     model = _class(config, kind).from_config(config, dtype=getattr(torch, dtype))
     if kind == "critic":
-        head = value_head(model)
-        for name, p in list(head.named_parameters()):  # not head.float(): fake parameters cannot be swapped
-            setattr(head, name, torch.nn.Parameter(p.detach().float()))
+        value_head(model).float()
     return set_up(model, gradient_checkpointing, on_cpu=on_cpu) if kind != "reward" or is_decoder(model) else model
 
 

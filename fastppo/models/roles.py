@@ -19,8 +19,9 @@ from transformers import (
 
 from fastppo.checks import require
 from fastppo.config import ModelConfig
+from fastppo.models import adapter_files, lora
 from fastppo.models.files import load, read, read_config, refuse_damaged
-from fastppo.models.heads import HEADS, is_decoder, lm_head, value_head
+from fastppo.models.heads import HEADS, head_name, is_decoder, lm_head, value_head
 from fastppo.models.prepare import check_head, frozen, prepare, remember_dropout, to_device, without_dropout
 
 
@@ -35,8 +36,11 @@ def load_policy(config: ModelConfig) -> PreTrainedModel:
 
 
 def prepare_policy(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Switch packed attention on and check that hidden states and LM head reproduce the model's own logits."""
-    model = prepare(model, gradient_checkpointing)
+    """Switch packed attention on and check that hidden states and LM head reproduce the model's own logits.
+
+    A `peft.PeftModel` with one LoRA adapter becomes the transformers model inside it: only the adapter then trains.
+    """
+    model = prepare(lora.unwrapped(model), gradient_checkpointing)
     check_head(model)
     return model
 
@@ -61,12 +65,19 @@ def load_reference(config: ModelConfig, policy: PreTrainedModel) -> PreTrainedMo
 
 
 def reference_of(policy: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy of the policy as it is now."""
-    return frozen(copy.deepcopy(policy))
+    """A frozen copy of the policy as it is now; of one with adapters, a copy of what its base does not say."""
+    return frozen(lora.reference_of(policy) if lora.is_adapted(policy) else copy.deepcopy(policy))
 
 
-def load_reward_model(path: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Any sequence-classification checkpoint, frozen. Decoders get packed attention, encoders keep their own."""
+def load_reward_model(
+    path: str, dtype: str = "float32", *, trust_remote_code: bool = False, base: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """Any sequence-classification checkpoint, frozen. Decoders get packed attention, encoders keep their own.
+
+    A folder with adapters and a head, in peft's format, goes on the tensors of `base`, a model with adapters too.
+    """
+    if adapter_files.is_saved_at(path):
+        return frozen(_load_reward_adapter(path, base))
     model = load(AutoModelForSequenceClassification, path, dtype, trust_remote_code=trust_remote_code)
     return frozen(prepare(model, False) if is_decoder(model) else without_dropout(model))
 
@@ -92,7 +103,14 @@ def critic_from(
     """A critic with the body of `model` (a policy, or a reward model with `label` naming the logit to start from).
 
     The value head is float32: zero for a policy (V = 0 before the first update), the reward head for a reward model.
+    On a policy with adapters the critic is fresh adapters of its own on the same base.
     """
+    if lora.is_adapted(model):
+        require(label is None, "a critic on the base of adapters starts from a value head of zero, not from a reward's")
+        critic = prepare(_around_body_of(model, critic_class(model.config)), gradient_checkpointing)
+        critic = lora.adapt_like(critic, model, seed=1)
+        _zero(value_head(critic)).requires_grad_(True)
+        return critic
     critic = _with_body_of(model, critic_class(model.config))
     head = _zero(value_head(critic).float())
     if label is not None:
@@ -147,6 +165,34 @@ def _float32_heads(cls: type[PreTrainedModel]) -> Iterator[None]:
         yield
     finally:
         setattr(cls, name, before) if own else delattr(cls, name)
+
+
+def _load_reward_adapter(path: str, base: PreTrainedModel | None) -> PreTrainedModel:
+    require(
+        base is not None and lora.is_adapted(base),
+        f"the reward model at {path!r} is an adapter, which needs a base: set memory.share = 'lora' where it is the "
+        "policy's, or merge it into its own with peft's merge_and_unload",
+    )
+    assert base is not None
+    adapter_files.require_base(path, str(base.name_or_path))
+    reward = _around_body_of(base, AutoModelForSequenceClassification, adapter_files.num_labels_at(path, HEADS))
+    reward = prepare(reward, False)
+    return adapter_files.load_adapter(reward, str(head_name(reward)), path)
+
+
+def _around_body_of(model: PreTrainedModel, cls: Any, num_labels: int = 1) -> PreTrainedModel:
+    """Another head, float32 and not initialised, on the base of a model with adapters: no tensor of it is copied."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = num_labels
+    with torch.device("meta"):
+        other: Any = cls.from_config(config, dtype=model.dtype)
+    body: Any = lora.bare(model).base_model
+    setattr(other, other.base_model_prefix, body)
+    for module in other.modules():  # the copy of a body that recomputes its layers would go on doing so
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    value_head(other).float().to_empty(device=model.device)
+    return other
 
 
 @torch.no_grad()

@@ -1,0 +1,84 @@
+"""Adapters on one base and the optimizers' forms, on a GPU."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from batches import SCORES, bfloat16, engine, equal_weights, largest_gap, prompts, trajectories, weights
+from fastppo import OptimizerConfig, models
+from fastppo.config import MemoryConfig
+from fastppo.optimizer import Trainable, make_trainable
+from fastppo.score import action_logprobs
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+KINDS = ["adamw", "adamw-8bit", "adamw-4bit", "adamw-cpu-offload"]
+
+
+def module(dtype: torch.dtype) -> Any:
+    """Two parameters, one of which is large enough to be quantized."""
+    torch.manual_seed(0)
+    made: Any = torch.nn.Linear(128, 96, device=DEVICE, dtype=dtype)
+    made.device, made.dtype = DEVICE, dtype
+    return made
+
+
+def run(made: Trainable, seeds: range) -> Trainable:
+    for seed in seeds:
+        x = torch.randn(8, 128, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        made.model(x.to(made.model.dtype)).float().square().sum().backward()
+        made.step()
+    return made
+
+
+def trainable(kind: Any, masters: Any = "float32", dtype: torch.dtype = torch.bfloat16) -> Trainable:
+    if kind in ("adamw-8bit", "adamw-4bit"):
+        pytest.importorskip("torchao")
+    return make_trainable(module(dtype), OptimizerConfig(kind=kind, masters=masters, lr=1e-3, schedule="constant"), 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offloaded_steps_are_those_of_the_device(dtype: torch.dtype) -> None:
+    here, host = (run(trainable(kind, "float32", dtype), range(5)) for kind in ("adamw", "adamw-cpu-offload"))
+    for name, weight in here.weights.items():
+        moved = host.weights[name]
+        assert moved.master.device.type == "cpu" and moved.master.is_pinned()
+        assert all(s.device.type == "cpu" for s in host.optimizer.state[moved.master].values())
+        torch.testing.assert_close(moved.master, weight.master.cpu(), atol=1e-5, rtol=0)
+        assert torch.equal(moved.parameter.cpu(), moved.master.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+@pytest.mark.parametrize(("kind", "masters"), [*((k, "float32") for k in KINDS), ("adamw", "stochastic")])
+def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, masters: str) -> None:
+    undisturbed, stopped = run(trainable(kind, masters), range(5)), run(trainable(kind, masters), range(3))
+    resumed = trainable(kind, masters)
+    resumed.load((name, x.cpu()) for name, x in stopped.state().items())
+    assert equal_weights(run(resumed, range(3, 5)).snapshot(), undisturbed.snapshot())
+
+
+def test_rounding_at_random_leaves_no_float32_copy() -> None:
+    made = run(trainable("adamw", "stochastic"), range(2))
+    assert all(w.master.untyped_storage().nbytes() == 0 for w in made.weights.values())
+    assert all(w.gradient.untyped_storage().nbytes() == 4 for w in made.weights.values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft: pip install 'fastppo[lora]'")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_on_one_base_train_and_the_reference_stays(dtype: torch.dtype, checkpointing: bool) -> None:
+    base = tiny.policy(scale=1.0, gradient_checkpointing=checkpointing)
+    base = models.to_device(base if dtype == torch.float32 else bfloat16(base), DEVICE)
+    policy = models.adapt(base, MemoryConfig(lora_rank=4))
+    made = engine(policy, ppo={"num_epochs": 2})
+    given = trajectories(device=DEVICE)
+    before = action_logprobs(made.reference, given, temperature=1.0, max_tokens=100)  # pyright: ignore
+    start = weights(policy)
+    for _ in range(2):
+        logged = made.update(made.score(made.generate(prompts()), SCORES))
+        assert logged["val/ratio_max_first"] == 1.0 and logged["policy/skipped_steps"] == 0
+    after = action_logprobs(made.reference, given, temperature=1.0, max_tokens=100)  # pyright: ignore
+    assert torch.equal(before, after) and largest_gap(weights(policy), start) > 0
