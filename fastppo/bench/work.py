@@ -80,7 +80,14 @@ class Batch:
 
 
 def phases(
-    sizes: Sizes, batch: Batch, dtype: torch.dtype, *, epochs: int, minibatches: int, rows: int, state_bytes: float,
+    sizes: Sizes,
+    batch: Batch,
+    dtype: torch.dtype,
+    *,
+    epochs: int,
+    minibatches: int,
+    rows: int,
+    state_bytes: float,
     trains_base: bool = True,
 ) -> dict[str, Work]:
     """The work of each phase.
@@ -103,7 +110,10 @@ def phases(
         "values": Work(sizes.weight_bytes(False), valuing, dtype, batch.tokens),
         "advantages": Work(21.0 * batch.actions, 0.0, dtype, batch.tokens),
         "update": Work(
-            epochs * minibatches * state_bytes, (3.0 if trains_base else 2.0) * epochs * (scoring + valuing), dtype, epochs * batch.tokens
+            epochs * minibatches * state_bytes,
+            (3.0 if trains_base else 2.0) * epochs * (scoring + valuing),
+            dtype,
+            epochs * batch.tokens,
         ),
     }
 
