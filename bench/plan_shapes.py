@@ -16,7 +16,7 @@ from fastppo.memory.plan import GIB, Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
 from fastppo.run_file import from_dict
 
-SHAPES = Path(__file__).parent / "shapes"
+SHAPES = Path(__file__).parent.parent / "fastppo" / "bench" / "shapes"
 ALL = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b")
 CARDS = ("24GB", "80GB", "141GB")
 RECOMPUTE = {"gradient_checkpointing": True}
