@@ -35,7 +35,7 @@ def test_a_profiled_run_is_the_same_run_and_names_its_phases(tmp_path: Path):
     tables = text.split("\n\n")
     assert [part.split(":")[0] for part in tables] == list(PHASES)
     assert all(0 < len(part.splitlines()) - 2 <= LISTED for part in tables)
-    assert "optimizer" in tables[3].lower() or "adam" in tables[3].lower()
+    assert "linear" in tables[3].lower()  # products lead, whatever else the machine does
 
 
 def test_a_single_iteration_is_recorded(tmp_path: Path):
