@@ -1,50 +1,80 @@
 #!/usr/bin/env bash
-# All that a GPU can tell about a commit, in under 9 minutes: the laws of the kernels and tests/gpu, the sanitizer over
-# the row kernel, and every op beside its peers.
-#   bash bench/gpu_suite.sh --out DIR [--wheels DIR]  # PYTHON=... picks an interpreter with fastppo installed, else python3
-# A part that fails does not stop the next; the exit status is 1 if any did. Needs pytest and hypothesis. Where there is no
-# network, put wheels of what is missing into a folder first (the peers are optional; a missing one is a row that says so):
+# All that a GPU can tell about a commit, in under 9 minutes: the laws of the kernels and tests/gpu, every op beside its
+# peers, an iteration by phase on the shapes that fit, bitwise repeats, the sanitizer over the row kernel, memory planned
+# against measured, sampling.
+#   bash bench/gpu_suite.sh [--out DIR] [--wheels DIR] [--rehearse]
+# --out (bench/results): DEVICE-*.jsonl, and logs in suite-DEVICE/. A part that is done is not run again: the same command
+# goes on where the last one stopped; remove suite-DEVICE/ to start over. A part that fails does not stop the next; the
+# exit status is 1 if any did. PYTHON=... picks an interpreter with fastppo, pytest and hypothesis. No network is used:
+# --wheels installs what is missing from a folder (the peers are optional; a missing one is a row that says so):
 #   pip download --no-deps -d wheels hypothesis sortedcontainers tyro docstring-parser typeguard liger-kernel trl
+# --rehearse: the same parts on a CPU at tiny sizes, to see that they run; without the time budgets, which are a GPU's.
 set -uo pipefail
-usage="usage: bash bench/gpu_suite.sh --out DIR [--wheels DIR]"
-[[ ${1:-} == --out && -n ${2:-} && ($# == 2 || ($# == 4 && $3 == --wheels)) ]] || { echo "$usage" >&2; exit 2; }
+usage="usage: bash bench/gpu_suite.sh [--out DIR] [--wheels DIR] [--rehearse]"
+out=$(dirname "$0")/results wheels="" rehearse=""
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --rehearse) rehearse=yes && shift ;;
+        --out | --wheels) [[ -n ${2:-} ]] || { echo "$usage" >&2; exit 2; }
+            [[ $1 == --out ]] && out=$2 || wheels=$2
+            shift 2 ;;
+        *) echo "$usage" >&2; exit 2 ;;
+    esac
+done
 export PYTHON=${PYTHON:-python3}
-[[ $# == 2 ]] || "$PYTHON" -m pip install -q --no-index --no-deps "$4"/*.whl || exit 2
-mkdir -p "$2"
-out=$(cd "$2" && pwd)
+[[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON")
+[[ -z $wheels ]] || "$PYTHON" -m pip install -q --no-index --no-deps "$wheels"/*.whl || exit 2
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET FASTPPO_BACKEND # on a GPU the kernels are compiled
+if [[ -n $rehearse ]]; then
+    slug=rehearsal quick=(--device cpu --quick --threads 1) models=() ops=(--dtypes float32 --entropy False)
+else
+    slug=$("$PYTHON" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') ||
+        { echo "no GPU: bash bench/gpu_suite.sh --rehearse runs the parts on a CPU" >&2; exit 2; }
+    quick=(--device cuda) models=(--models 0.5B) ops=()
+fi
+export logs=$out/suite-$slug rehearse
+mkdir -p "$logs"
 failed=0
 
 part() { # name, seconds it may take, command...
+    if [[ -e $logs/$1.done ]]; then
+        echo "=== $1: done before"
+        return
+    fi
     printf '\n=== [%4d s] %s\n' "$SECONDS" "$1"
-    timeout "$2" "${@:3}" 2>&1 | tee "$out/$1.log" || { echo "$1 FAILED"; failed=1; }
+    rm -f "$out/$slug-$1.jsonl"
+    timeout "$([[ -n $rehearse ]] && echo 0 || echo "$2")" "${@:3}" 2>&1 | tee "$logs/$1.log" && touch "$logs/$1.done" || { echo "$1 FAILED"; failed=1; }
 }
 
 beside() { # name, command...: into a log of its own, beside the other jobs
-    "${@:2}" >"$out/$1.log" 2>&1 &
+    "${@:2}" >"$logs/$1.log" 2>&1 &
     jobs+=("$!:$1")
 }
 
 laws() { # name, arguments of pytest...
-    beside "$1" "$PYTHON" -m pytest "${@:2}" -q -W default -p no:cacheprovider --junitxml "$out/$1.xml"
+    beside "$1" "$PYTHON" -m pytest "${@:2}" -q -W default -p no:cacheprovider --junitxml "$logs/$1.xml"
 }
 
 tests() { # in several processes: nearly all of the time is spent compiling, on one core each
     local job status=0 jobs=()
-    beside sanitized "$PYTHON" bench/sanitized_rows.py # compiles, so that the sanitizer need not
-    laws gpu tests/gpu/test_on_gpu.py
-    laws kernels_on_gpu tests/gpu/test_kernels_on_gpu.py
-    laws rows_table tests/test_gpu_rows.py -k "table_and_gradient"
-    laws rows_tokens tests/test_gpu_rows.py -k "tokens_answer or far_and_near"
-    laws rows tests/test_gpu_rows.py -k "not table_and_gradient and not tokens_answer and not far_and_near"
-    laws sampling tests/test_gpu_sampling.py
-    laws sequences tests/test_gpu_sequences.py
-    laws values tests/test_gpu_values.py
+    laws gpu tests/gpu/test_on_gpu.py -k "not hundred"
+    if [[ -z $rehearse ]]; then
+        beside sanitized "$PYTHON" bench/sanitized_rows.py # compiles, so that the sanitizer need not
+        laws kernels_on_gpu tests/gpu/test_kernels_on_gpu.py
+        laws rows_table tests/test_gpu_rows.py -k "table_and_gradient"
+        laws rows_tokens tests/test_gpu_rows.py -k "tokens_answer or far_and_near"
+        laws rows tests/test_gpu_rows.py -k "not table_and_gradient and not tokens_answer and not far_and_near"
+        laws sampling tests/test_gpu_sampling.py
+        laws sequences tests/test_gpu_sequences.py
+        laws values tests/test_gpu_values.py
+    fi
     for job in "${jobs[@]}"; do
         wait "${job%%:*}" || { status=1; echo "${job#*:} FAILED"; }
-        grep -E "^(FAILED|ERROR) " "$out/${job#*:}.log" | cut -c 1-200
-        echo "${job#*:}: $(tail -n 1 "$out/${job#*:}.log")"
+        grep -E "^(FAILED|ERROR) " "$logs/${job#*:}.log" | cut -c 1-200
+        echo "${job#*:}: $(tail -n 1 "$logs/${job#*:}.log")"
     done
     return $status
 }
@@ -53,16 +83,25 @@ sanitizer() { # reads and writes out of bounds; then threads that race for share
     local tool check
     tool=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
     [[ -n $tool ]] || { echo "skipped: there is no compute-sanitizer here; it comes with the CUDA toolkit"; return 0; }
+    [[ -z $rehearse ]] || { echo "skipped: a rehearsal has no GPU"; return 0; }
     for check in memcheck racecheck; do
         "$tool" --tool "$check" --error-exitcode 9 "$PYTHON" bench/sanitized_rows.py || return 1
     done
 }
-export -f beside laws tests sanitizer
-export out
 
-"$PYTHON" -c "from fastppo.doctor import doctor; doctor()" | tee "$out/doctor.txt"
-part tests 190 bash -c tests
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 70 bash -c sanitizer
-part rollout 60 "$PYTHON" bench/bench_rollout.py --device cuda --models 0.5B --dtypes bfloat16 --out "$out/rollout.jsonl"
-part kernels 200 bash bench/kernels.sh "$out/kernels.jsonl" --seconds 2
+memory() { # file
+    [[ -f bench/bench_memory.py ]] || { echo "skipped: this commit has no memory planner"; return 0; }
+    "$PYTHON" bench/bench_memory.py plan --out "$1"
+}
+export -f beside laws tests sanitizer memory
+
+"$PYTHON" -c "from fastppo.doctor import doctor; doctor()" | tee "$logs/doctor.txt"
+part tests 170 bash -c tests
+part kernels 150 "$PYTHON" -m fastppo bench kernels "${quick[@]}" "${ops[@]}" --seconds 1 --out "$out/$slug-kernels.jsonl"
+part step 75 "$PYTHON" -m fastppo bench step "${quick[@]}" --rounds 3 --out "$out/$slug-step.jsonl"
+part determinism 25 "$PYTHON" -m pytest tests/gpu -q -W default -p no:cacheprovider -k hundred
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 60 bash -c sanitizer
+part memory 20 bash -c 'memory "$0"' "$out/$slug-memory.jsonl"
+part rollout 35 "$PYTHON" -m fastppo bench rollout "${quick[@]}" "${models[@]}" --seconds 2 --out "$out/$slug-rollout.jsonl"
+printf '\n[%4d s] %s\n' "$SECONDS" "$([[ $failed == 0 ]] && echo "all parts ran" || echo "see $logs")"
 exit $failed

@@ -8,24 +8,23 @@ On a GPU at the shapes of the scripts, on the CPU at their smallest ones. The sc
 
 from __future__ import annotations
 
-import importlib
 from collections import deque
 from typing import Any
 
-import harness
 import pytest
 import torch
 
-SCRIPTS = ("logits_ppo_loss", "linear_ppo_loss", "token_logprobs", "value", "gae", "sample")
+from fastppo.bench import arguments, harness
+from fastppo.bench.ops import OPS
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bench(benchmark: Any, script: str, dtype: str) -> None:
-    """The last case of the script, its outputs held to float64 before it is timed."""
-    module = importlib.import_module(f"bench_{script}")
-    arguments = ["--dtypes", dtype] + ([] if torch.cuda.is_available() else ["--quick"])
-    (case,) = deque(module.cases(harness.start(module.parser(), arguments)), maxlen=1)
+def test_bench(benchmark: Any, op: str, dtype: str) -> None:
+    """The last case of the op, its outputs held to float64 before it is timed."""
+    module = OPS[op]
+    argv = ["--dtypes", dtype] + ([] if torch.cuda.is_available() else ["--quick"])
+    (case,) = deque(module.cases(arguments.start(module.parser(), argv)), maxlen=1)
     variant = case.variants[harness.OURS]
     harness.check(variant, case)
     benchmark.extra_info.update(op=case.op, **case.setting)

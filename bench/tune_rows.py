@@ -18,12 +18,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import harness
 import torch
-from harness import Case, Outputs, Variant
-from problems import CLIP, LogitsProblem, logits_problem, logits_truth, pick_logits
 from torch import Tensor
 
+from fastppo.bench import arguments, harness
+from fastppo.bench.harness import Case, Outputs, Variant
+from fastppo.bench.problems import CLIP, LogitsProblem, logits_problem, logits_truth, pick_logits
 from fastppo_kernels import gpu
 from fastppo_kernels.gpu.launch import shared_memory_bytes
 from fastppo_kernels.gpu.shapes import LaunchShape
@@ -100,7 +100,7 @@ def _checked(made: Case, variant: Variant) -> Variant | str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = harness.parser(__doc__, repeats=10)
+    made = arguments.parser(__doc__, repeats=10)
     made.set_defaults(entropy=[False])
     made.add_argument("--vocab", type=int, default=128256)
     made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the logits")
@@ -116,21 +116,21 @@ def parser() -> argparse.ArgumentParser:
 
 def summary(lines: list[dict[str, Any]]) -> str:
     """JSON: the setting, and the milliseconds of every shape, the fastest first."""
-    ordered = sorted(lines, key=lambda line: line["median_ms"])
-    setting = {key: ordered[0][key] for key in ("op", "dtype", "gradient", "entropy", "R", "V")}
-    return json.dumps(setting | {"median_ms": {line["variant"]: line["median_ms"] for line in ordered}})
+    ordered = sorted((line for line in lines if "skipped" not in line), key=lambda line: line["median_ms"])
+    times = {line["variant"]: line["median_ms"] for line in ordered}
+    return json.dumps({"op": ordered[0]["op"], **ordered[0]["setting"], "median_ms": times})
 
 
 def main() -> None:
     """Sweep, print a table and a line of JSON for every place of the gradient."""
-    options = harness.start(parser())
+    options = arguments.start(parser())
     if not torch.cuda.is_available():
         raise SystemExit("tune_rows.py times the kernels on a CUDA GPU, and torch.cuda.is_available() is False here")
     places: list[str] = options.gradient or (["place"] if options.dtype == "bfloat16" else ["over", "own"])
     if options.dtype == "bfloat16" and places != ["place"]:
         raise SystemExit("bfloat16 logits take their gradient in place: --gradient over and own are for float32 ones")
     for gradient, entropy in [(place, entropy) for place in places for entropy in options.entropy]:
-        print(summary(harness.compare(case(options, gradient, entropy), options)))
+        print(summary(harness.measure(case(options, gradient, entropy), options)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The `fastppo` command: train, plan, demo, doctor. The only file that knows the command-line library."""
+"""The `fastppo` command: train, plan, demo, bench, doctor. The only file that knows the command-line library."""
 
 import argparse
 import functools
@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_with(args[1:])
         elif args[:1] == ["plan"] and args[1:2] not in (["--help"], ["-h"]):
             plan_with(args[1:])
+        elif args[:1] == ["bench"]:
+            run_bench(args[1:])
         else:
-            commands = {"train": train, "plan": plan, "demo": demo, "doctor": doctor}
+            commands = {"train": train, "plan": plan, "demo": demo, "bench": bench, "doctor": doctor}
             tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="fastppo", description=DESCRIPTION)
     except (InputError, *RUN_ERRORS) as error:
         print(f"fastppo: {error}", file=sys.stderr)
@@ -72,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train_with(args: Sequence[str]) -> None:
     """`fastppo train` with what comes after it."""
     require(len(args) > 0 and not args[0].startswith("-"), NO_RUN_FILE)
-    resume, overrides = parse_resume(args[1:])
-    folder = run_training(parse_run(args[0], overrides), resume=resume)
+    resume, profile, overrides = parse_start(args[1:])
+    folder = run_training(parse_run(args[0], overrides), resume=resume, profile=profile)
     if os.environ.get("RANK", "0") == "0":  # torchrun's; the process group is left by now
         report.summary(folder)
 
@@ -94,12 +96,13 @@ def plan_with(args: Sequence[str]) -> None:
         raise SystemExit(2)
 
 
-def parse_resume(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Take `--resume` or `--resume DIR` out of the overrides; it is about this start, not about the run."""
+def parse_start(args: Sequence[str]) -> tuple[str | None, bool, list[str]]:
+    """Take `--resume`, `--resume DIR` and `--profile` out of the overrides: about this start, not about the run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", const=LATEST)
+    parser.add_argument("--profile", action="store_true")
     known, overrides = parser.parse_known_args(args)
-    return known.resume, overrides
+    return known.resume, known.profile, overrides
 
 
 def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
@@ -124,7 +127,7 @@ def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
 def train(run: tyro.conf.Positional[str]) -> None:
     """Run PPO as a TOML file says. Any key can be changed: `fastppo train RUN.toml --ppo.kl-coef 0.1`;
     `fastppo train RUN.toml --help` lists all of them. `--resume` goes on from the newest whole checkpoint of the run
-    folder, `--resume DIR` from that one.
+    folder, `--resume DIR` from that one; `--profile` writes trace.json.gz and profile.txt of three iterations into it.
 
     Args:
         run: the run file.
@@ -152,6 +155,23 @@ def demo(out: str = "runs/demo", seed: int = 1) -> None:
         seed: of data, models and sampling.
     """
     run_demo(out, seed=seed)
+
+
+def bench(suite: tyro.conf.Positional[str]) -> None:
+    """Time kernels, PPO steps and rollouts against this machine's limits and other projects; `fastppo bench --help`.
+
+    Args:
+        suite: kernels, step, rollout, end-to-end, all; or compare, report.
+    """
+    run_bench([suite])
+
+
+def run_bench(args: list[str]) -> None:
+    """`fastppo bench` with what comes after it."""
+    from fastppo.bench.command import bench as command  # only here: other commands need none of it
+
+    if code := command(args):
+        raise SystemExit(code)
 
 
 def doctor() -> None:

@@ -289,6 +289,11 @@ class RunConfig:
             "critic.init = 'reward' needs a reward of kind 'model', got none; use 'policy' or a checkpoint",
         )
         require(
+            not self.rollout.one_step_off or self.ppo.importance_cap is not None,
+            "rollout.one_step_off trains on responses of the policy before the last update: set ppo.importance_cap, "
+            "the truncation of the weights that correct for it, e.g. 2",
+        )
+        require(
             self.memory.share == "none" or self.critic.init == "policy",
             f"memory.share = 'lora' makes the critic an adapter on the policy's base, so critic.init must be 'policy', "
             f"got {self.critic.init!r}",
@@ -298,11 +303,6 @@ class RunConfig:
             not rounds or (self.policy.dtype == "bfloat16" and self.memory.share == "none"),
             "optimizer masters = 'stochastic' rounds bfloat16 weights that train: it needs policy.dtype = 'bfloat16' "
             f"and memory.share = 'none', got {self.policy.dtype!r} and {self.memory.share!r}",
-        )
-        require(
-            not self.rollout.one_step_off or self.ppo.importance_cap is not None,
-            "rollout.one_step_off trains on responses of the policy before the last update: set ppo.importance_cap, "
-            "the truncation of the weights that correct for it, e.g. 2",
         )
         require(
             self.ppo.importance_cap is None or self.rollout.old_logprobs != "sampler",

@@ -35,7 +35,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self.lr >= 0 and math.isfinite(self.lr), f"optimizer lr must be finite and >= 0, got {self.lr}")
         require_positive("optimizer", self, "eps", "max_grad_norm")
-        require(self.weight_decay >= 0, f"optimizer weight_decay must be >= 0, got {self.weight_decay}")
+        decays = 0 <= self.weight_decay < math.inf
+        require(decays, f"optimizer weight_decay must be finite and >= 0, got {self.weight_decay}")
         require(self.warmup_steps >= 0, f"optimizer warmup_steps must be >= 0, got {self.warmup_steps}")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer betas must be in [0, 1), got {self.betas}")
         require(

@@ -8,6 +8,7 @@ import torch
 
 from fastppo import attention
 from fastppo.report import table
+from fastppo.rollout import vllm_command
 from fastppo_kernels import native
 from fastppo_kernels.backend import BACKEND_VARIABLE, available, choose_backend
 
@@ -26,10 +27,12 @@ PACKAGES = {
 
 
 def doctor() -> None:
-    """Print three tables: packages, devices, and which implementation each operation takes here."""
+    """Print packages, devices, which implementation each operation takes here, and how a vLLM server is started."""
     table("packages", ("package", "version", "use"), [(p, _version(p), use) for p, use in PACKAGES.items()])
     table("machine", ("", ""), _machine())
     table("what runs", ("operation", "implementation", "why"), _choices())
+    print("a server for rollout.engine = 'vllm' (vLLM >= 0.32, in an environment of its own; docs/rollout.md)")
+    print("\n".join(vllm_command.described()))
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -219,8 +219,10 @@ class PPOEngine:
             models.save(role.model, Path(path) / name, self.tokenizer, None if weights is None else weights[name])
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The state dict of each model that learns, not copied."""
-        return {name: role.model.state_dict() for name, role in self._roles()}
+        """The parameters of each role that learn, not copied."""
+        return {
+            name: {n: p for n, p in role.model.named_parameters() if p.requires_grad} for name, role in self._roles()
+        }
 
     def state(self) -> dict[str, Any]:
         """What changes as the engine trains, beside weights and generator; JSON."""

@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,10 +136,17 @@ def _is_until(line: str, step: int, evaluates: bool) -> bool:
 
 
 class PhaseTimer:
-    """Seconds of each phase of an iteration, under `time/<phase>`; `announce` is told of each as it begins."""
+    """Seconds of each phase of an iteration, under `time/<phase>`.
 
-    def __init__(self, announce: Callable[[str], None] = lambda phase: None) -> None:
-        self.announce = announce
+    `announce` is told of each as it begins, and each runs inside its `span`.
+    """
+
+    def __init__(
+        self,
+        announce: Callable[[str], None] = lambda phase: None,
+        span: Callable[[str], AbstractContextManager[Any]] = lambda phase: nullcontext(),
+    ) -> None:
+        self.announce, self.span = announce, span
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -147,7 +154,8 @@ class PhaseTimer:
         self.announce(phase)
         start = time.perf_counter()
         try:
-            yield
+            with self.span(phase):
+                yield
         finally:
             self.seconds[f"time/{phase}"] = time.perf_counter() - start
 

@@ -21,13 +21,14 @@ from fastppo.rewards import to_samples
 from fastppo.run import Run, build, leave_folder, open_folder
 from fastppo.saving import save, saved_on_failure
 from fastppo.stop import stop, stop_requests
+from fastppo.tracing import tracing
 
 
-def train(config: RunConfig, *, resume: str | None = None) -> Path:
+def train(config: RunConfig, *, resume: str | None = None, profile: bool = False) -> Path:
     """Run PPO as `config` says; returns the run folder.
 
     `resume`: a checkpoint folder to go on from, or "latest" for the newest whole one of the run folder, if it has one;
-    the run then ends as if it had never stopped.
+    the run then ends as if it had never stopped. `profile`: record a few iterations, see `tracing`; changes nothing.
 
     Ctrl-C or SIGTERM: the run saves `checkpoints/interrupted` after this iteration and raises KeyboardInterrupt, or
     SystemExit(0) after SIGTERM; a second one stops at once. Any other failure saves too and is raised. What stops
@@ -45,12 +46,14 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
         run = start(config, resume)
         stack.enter_context(saved_on_failure(run))
         signals = stack.enter_context(stop_requests())
+        remaining = config.train.total_steps - run.step
+        trace = stack.enter_context(tracing(run.folder, remaining, on=profile and _writes()))
         show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
         for step in range(run.step + 1, config.train.total_steps + 1):
             if (step - 1) % config.train.eval_every == 0:
                 show.phase("evaluation")
                 evaluate(run, step - 1)
-            timer = PhaseTimer(show.phase)
+            timer = PhaseTimer(show.phase, trace.span)
             with timer("rollout"):
                 rollout, early = kept_rollout.generate(run)
             with timer("reward"):
@@ -60,6 +63,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> Path:
             run.boundary = None
             with timer("update"):
                 stats = run.engine.update(experience)
+            trace.step()
             check_steps(run, step)
             tell(run.watch.iteration(step, stats))
             mark(run, step)

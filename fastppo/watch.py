@@ -56,6 +56,7 @@ class Watch:
     entropies: list[float] = field(default_factory=list)  # nats per token, of the first `window` iterations
     best: tuple[float, float] | None = None  # of the evaluation that the judge liked most: score trained on, judge
     alarms: dict[str, bool] = field(default_factory=dict)  # by monitor that had something to look at
+    calm: dict[str, int] = field(default_factory=dict)  # by monitor: times in a row within its threshold
     ending: list[str] = field(default_factory=list)  # monitors of `watch.stop` that began and nobody asked about
 
     def iteration(self, step: int, stats: Mapping[str, float]) -> list[str]:
@@ -71,7 +72,8 @@ class Watch:
             crossed = mean < quantity.bound if quantity.below else mean > quantity.bound
             side = "below" if quantity.below else "above"
             says = f"{quantity.metric} is {mean:.3g}, {side} {quantity.bound:g}: {quantity.means}"
-            said += self._alarm(name, crossed and len(recent) == self.config.window, says)
+            full = len(recent) == self.config.window
+            said += self._alarm(name, crossed and full, says, self.config.window)
         return said
 
     def evaluation(self, stats: Mapping[str, float]) -> list[str]:
@@ -87,7 +89,7 @@ class Watch:
             f"the score rose from {best_score:.3g} to {score:.3g} while the judge {self.config.judge!r} fell from "
             f"{best:.3g} to {judge:.3g}: the reward is being gamed"
         )
-        return self._alarm("judge", crossed, says)
+        return self._alarm("judge", crossed, says, 1)
 
     def metrics(self) -> dict[str, float]:
         """`watch/<monitor>`: 1 while it is beyond its threshold, else 0."""
@@ -104,12 +106,14 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """What is remembered; JSON, a copy."""
-        return copy.deepcopy({"seen": self.seen, "entropies": self.entropies, "best": self.best, "alarms": self.alarms})
+        names = ("seen", "entropies", "best", "alarms", "calm")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         state = copy.deepcopy(dict(state))
-        self.seen, self.entropies, self.alarms = state["seen"], state["entropies"], state["alarms"]
+        self.seen, self.entropies = state["seen"], state["entropies"]
+        self.alarms, self.calm = state["alarms"], state["calm"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
 
     def _derived(self, stats: Mapping[str, float]) -> dict[str, float]:
@@ -125,9 +129,11 @@ class Watch:
             derived["watch/entropy_kept"] = entropy / tokens / max(start, 1e-9)
         return derived
 
-    def _alarm(self, name: str, crossed: bool, says: str) -> list[str]:
-        """Said when it begins, not while it lasts."""
-        began = crossed and not self.alarms.get(name, False)
-        self.alarms[name] = crossed
+    def _alarm(self, name: str, crossed: bool, says: str, patience: int) -> list[str]:
+        """Said when it begins, not while it lasts; it is over when `patience` looks in a row found nothing."""
+        before = self.alarms.get(name, False)
+        began = crossed and not before
+        self.calm[name] = 0 if crossed else self.calm.get(name, 0) + 1
+        self.alarms[name] = crossed or (before and self.calm[name] < patience)
         self.ending += [name] if began and name in self.config.stop else []
         return [f"watch: {name}: {says}"] if began else []

@@ -17,10 +17,9 @@ PACKAGES = {"fastppo": ROOT / "fastppo", "fastppo_kernels": ROOT / "kernels" / "
 
 PHASES = {f"fastppo.{name}" for name in ("rollout", "rewards", "score", "advantages", "update")}
 ABOVE_THE_PHASES = {"fastppo.engine", "fastppo.trainer", "fastppo.cli", "fastppo.__main__", "fastppo.<public names>"}
-CONFIG_NAMES = ("config", "config_inputs", "config_memory", "config_optimizer", "config_vllm", "config_watch")
-CONFIGS = {f"fastppo.{name}" for name in CONFIG_NAMES}
-SHARED = {"fastppo.batch", "fastppo.protocols", *CONFIGS}
-STDLIB_ONLY = {*CONFIGS, "fastppo.checks"}
+CONFIGS = {f"fastppo.config{name}" for name in ("", "_inputs", "_memory", "_optimizer", "_vllm", "_watch")}
+SHARED = {"fastppo.batch", "fastppo.protocols"} | CONFIGS
+STDLIB_ONLY = {"fastppo.checks"} | CONFIGS
 VLLM_SIDE = "fastppo.rollout.server.fastppo_worker"
 MODEL_CLASSES = re.compile(r"transformers\.(.*\.)?(AutoModel\w*|\w+For(CausalLM|(Sequence|Token)Classification))")
 
@@ -85,8 +84,10 @@ def _broken_rule(module: str, owner: str, name: str) -> str | None:
         return "there is no fastppo where vLLM runs"
     if root == "tyro" and importer != "fastppo.cli":
         return "only fastppo/cli.py imports tyro"
-    if MODEL_CLASSES.fullmatch(name) and importer != "fastppo.models":
+    if MODEL_CLASSES.fullmatch(name) and importer not in {"fastppo.models", "fastppo.bench"}:
         return "only fastppo/models imports transformers' model classes"
+    if owner == "fastppo.bench" and importer not in {"fastppo.bench", "fastppo.cli"}:
+        return "only the command line knows the benchmark"
     if importer in STDLIB_ONLY and root not in sys.stdlib_module_names and owner not in STDLIB_ONLY:
         return "the config modules and the checks.py they use import the standard library only"
     if importer in SHARED and owner in PHASES | ABOVE_THE_PHASES:
@@ -143,6 +144,7 @@ def test_module_keeps_the_import_rules(module: str, file: Path):
         ("fastppo.rollout.server.fastppo_worker", "from fastppo.batch import Rollout"),
         ("fastppo.rewards", "from transformers import AutoModelForSequenceClassification"),
         ("fastppo.rewards", "import transformers\nmodel = transformers.AutoModel.from_pretrained(path)"),
+        ("fastppo.engine", "from fastppo.bench.machine import machine"),
         ("fastppo.score", "from transformers.models.llama.modeling_llama import LlamaForCausalLM"),
     ],
 )
@@ -157,6 +159,8 @@ def test_planted_violation_is_found(module: str, source: str):
         ("fastppo.config", "import math\nfrom fastppo.checks import require"),
         ("fastppo.models.roles", "from transformers import AutoModelForCausalLM"),
         ("fastppo.cli", "import tyro\nfrom fastppo.trainer import train"),
+        ("fastppo.bench.step", "from fastppo import PPOEngine\nfrom fastppo.bench import records"),
+        ("fastppo.bench.ppo_iteration.ppo_setting", "from transformers import Qwen2ForCausalLM"),
         ("fastppo.rewards", "from transformers import AutoTokenizer\nfrom fastppo.batch import Rollout"),
         ("fastppo.rollout.embedded", "from fastppo.rollout import sampling\nfrom fastppo_kernels import sample"),
         ("fastppo.engine", "from fastppo.score import score\nfrom fastppo.update import update"),

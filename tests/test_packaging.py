@@ -71,5 +71,6 @@ def test_wheel_holds_the_two_packages_the_library_and_nothing_else(tmp_path: Pat
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fastppo", "fastppo_kernels"}
     assert f"fastppo_kernels/{LIBRARY}" in names
     for package, folder in (("fastppo", ROOT / "fastppo"), ("fastppo_kernels", ROOT / "kernels" / "fastppo_kernels")):
-        sources = {f"{package}/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*.py")}
+        files = (*folder.rglob("*.py"), *folder.rglob("*.json"))  # the shapes of the benchmark are JSON
+        sources = {f"{package}/{file.relative_to(folder).as_posix()}" for file in files}
         assert sources <= set(names), f"missing: {sorted(sources - set(names))}"

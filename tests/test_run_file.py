@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 import runs
-from fastppo import RunConfig, config, config_inputs, config_memory, config_optimizer, config_watch, load_config
+from fastppo import (
+    RunConfig,
+    config,
+    config_inputs,
+    config_memory,
+    config_optimizer,
+    config_vllm,
+    config_watch,
+    load_config,
+)
 from fastppo.run_file import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {
@@ -80,7 +89,7 @@ def test_every_key_has_a_line_of_help() -> None:
     """A string below the field, which `fastppo train RUN.toml --help` prints."""
     silent = [
         f"{cls.name}.{key.target.id}"
-        for module in (config, config_inputs, config_memory, config_optimizer, config_watch)
+        for module in (config, config_inputs, config_memory, config_optimizer, config_vllm, config_watch)
         for cls in ast.parse(inspect.getsource(module)).body
         if isinstance(cls, ast.ClassDef)
         for key, after in itertools.pairwise([*cls.body, ast.Pass()])

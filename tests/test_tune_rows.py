@@ -53,8 +53,9 @@ def test_what_is_timed_is_held_to_float64_first(tune: ModuleType, monkeypatch: p
 
 
 def test_the_fastest_shape_comes_first_in_the_summary(tune: ModuleType) -> None:
-    setting = {"op": "rows", "dtype": "bfloat16", "gradient": "place", "entropy": False, "R": 1, "V": 2}
-    lines = [{**setting, "variant": name, "median_ms": ms} for name, ms in (("a", 2.0), ("b", 1.0))]
+    head = {"op": "rows", "setting": {"dtype": "bfloat16", "gradient": "place", "entropy": False, "R": 1, "V": 2}}
+    lines = [{**head, "variant": name, "median_ms": ms} for name, ms in (("a", 2.0), ("b", 1.0))]
+    lines.append({**head, "variant": "c", "skipped": "wrong"})
     assert tune.summary(lines).endswith('"median_ms": {"b": 1.0, "a": 2.0}}')
 
 

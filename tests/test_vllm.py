@@ -2,9 +2,9 @@
 for ever. tests/test_vllm_server.py has the real one.
 """
 
+import ast
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastppo.checks import RolloutError
 from fastppo.config import VLLMConfig
 from fastppo.data import select
 from fastppo.rollout import VLLMEngine, vllm, weights
+from fastppo.rollout.vllm_command import described, shell, start_command
 from fastppo.score import action_logprobs
 from vllm_protocol import Server, vllm_server_fixture  # noqa: F401
 
@@ -248,7 +249,7 @@ def test_weights_on_disk_are_one_copy_and_go_with_the_engine(vllm_server: Serve,
     for version in range(3):
         made.sync_weights(made.policy, version)
     assert [p.parent.name for p in tmp_path.rglob("*.safetensors")] == ["2"]
-    os.utime(left, (time.time() - 100,) * 2)
+    os.utime(left, (0.0, 0.0))
     other = sampler(tmp_path, vllm_server())
     assert not left.exists() and made.weights.folder.exists()
     folder = made.weights.folder
@@ -284,3 +285,13 @@ def test_between_the_limits_tokens_are_weighted(vllm_server: Serve, tmp_path: Pa
     expected = (experience.logprobs - experience.rollout.logprobs).exp()
     torch.testing.assert_close(experience.is_weights, expected, atol=1e-6, rtol=0)
     assert 0.99 < made.update(experience)["rollout/importance_weight_mean"] < 1.01
+
+
+def test_the_start_command_finds_the_worker_and_hides_no_package() -> None:
+    environment, arguments = start_command("POLICY", cpu=True)
+    folder = Path(environment["PYTHONPATH"])
+    assert [path.name for path in folder.glob("*.py")] == ["fastppo_worker.py"]
+    named = arguments[arguments.index("--worker-extension-cls") + 1].removeprefix("fastppo_worker.")
+    tree = ast.parse((folder / "fastppo_worker.py").read_text())
+    assert named in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert shell(environment, arguments) in "\n".join(described())

@@ -52,6 +52,12 @@ def test_every_monitor_is_tested_and_can_be_switched_off() -> None:
     assert [line for drift in DRIFTS.values() for line in follow(off, 50, 3, **drift)] == [] and off.metrics() == {}
 
 
+def test_a_quantity_that_wavers_about_its_threshold_is_said_once() -> None:
+    watch = Watch(WatchConfig(window=3, max_kl=10.0))
+    said = [follow(watch, step, 1, **{"objective/kl": 10.0 + (-1.0) ** step}) for step in range(1, 40)]
+    assert sum(map(len, said)) == 1 and watch.metrics()["watch/kl"] == 1.0
+
+
 def test_one_odd_iteration_is_no_drift() -> None:
     watch = Watch(WatchConfig(window=5, max_kl=10.0))
     assert follow(watch, 1, 10) == [] and follow(watch, 11, 1, **{"objective/kl": 30.0}) == []

@@ -46,20 +46,31 @@ def save(
 ) -> None:
     """Write a folder that the AutoModel classes load: safetensors, config and, when given, the tokenizer.
 
-    Adapters are merged into a copy of the weights they change, and written beside it as `adapter/` in peft's format.
-    `weights`: a state dict to write instead of the model's own. The config has the dropout that the model came with.
+    The config has the dropout that the model came with. Adapters are merged into a copy of the weights they change, and
+    written beside it as `adapter/` in peft's format.
+
+    Args:
+        weights: parameters to write instead of the model's own, by name; those it has not are the model's.
     """
+    model = model if weights is None else _around(model, weights)
+    plain = lora.bare(model) if lora.is_adapted(model) else model
+    plain.save_pretrained(path, state_dict=lora.plain_weights(model))
     if lora.is_adapted(model):
-        lora.bare(model).save_pretrained(path, state_dict=lora.plain_weights(model))
         adapter_files.save_adapter(model, head_name(model), Path(path) / "adapter")
-    else:
-        model.save_pretrained(path, state_dict=None if weights is None else dict(weights))
     if rates := getattr(model, "dropout_rates", None):
-        config = copy.deepcopy(model.config)
+        config = copy.deepcopy(plain.config)
         config.update(rates)
         config.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _around(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """New modules around these parameters and around the model's own where there is none of the name."""
+    kept: dict[int, Any] = {id(x): x for x in [*model.parameters(), *model.buffers()]}
+    named = dict(model.named_parameters())
+    kept |= {id(named[name]): torch.nn.Parameter(x, requires_grad=False) for name, x in weights.items()}
+    return copy.deepcopy(model, kept)
 
 
 def load(cls: Any, path: str, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -84,7 +84,7 @@ class VLLMEngine:
         self.version = 0
         self._one_at_a_time = threading.Lock()  # a rollout that runs ahead, an evaluation, and new weights
         self._waiting = threading.Lock()
-        self._stopped = threading.Event()
+        self._closed, self._stopped = False, threading.Event()
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
         """Leave these weights for the servers, which get them at the next `generate`; waits for one that runs."""
@@ -114,6 +114,7 @@ class VLLMEngine:
             if self.weights.current is None:
                 self.weights.publish(self.policy, self.version)
             version = self.version
+            self._pick_up()
             self._wake(longest)
             answers = self._collect(requests, sampling, on_finish)
             self._sleep()
@@ -130,14 +131,25 @@ class VLLMEngine:
         )
 
     def stop(self) -> None:
-        """End a `generate` that runs in another thread: it raises."""
+        """End a `generate` that runs in another thread, and every later one: they raise."""
+        self._closed = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         self._stopped.set()
         for server in self.servers:
             server.hang_up()
 
+    def _pick_up(self) -> None:
+        self._stopped.clear()
+        for server in self.servers:
+            server.hung_up = False
+        if self._closed:  # looked at last: `stop` may come at any time
+            self._hang_up()
+            raise RolloutError("sampling was stopped")
+
     def _collect(self, requests: list[Request], sampling: Sampling, on_finish: OnFinish | None) -> list[Answer]:
         """The answer to every request, in order. What ends it ends every call that is under way."""
-        self._stopped.clear()
         with ThreadPoolExecutor(min(self.max_rows, len(requests)), thread_name_prefix="vllm") as pool:
             places: dict[Future[Answer], int] = {
                 pool.submit(self._answer, i, request, sampling): i for i, request in enumerate(requests)
@@ -149,7 +161,7 @@ class VLLMEngine:
                         on_finish(places[future], answer.tokens, answer.reason)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
+                self._hang_up()
                 raise
         return [future.result() for future in places]
 

@@ -37,6 +37,7 @@ class Server:
         self.version: str | None = None
         self.down = False
         self._push = threading.Lock()  # of many threads that find it without the weights one brings them
+        self.hung_up = False
         self._open: set[http.client.HTTPConnection] = set()
 
     def call(
@@ -52,8 +53,11 @@ class Server:
         where = urlsplit(self.url)
         kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
         connection = kind(where.netloc, timeout=timeout_s or self.timeout_s)
-        self._open.add(connection)
         try:
+            connection.connect()
+            self._open.add(connection)
+            if self.hung_up:  # after the line above: either this is seen here, or the connection is seen there
+                raise ConnectionAbortedError("sampling was stopped")
             sent = b"" if body is None else json.dumps(body).encode()
             connection.request(method, where.path + path, sent, {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -74,7 +78,8 @@ class Server:
             raise Failed(f"{self.url}{path} did not answer with JSON: {answer[:100]!r}") from error
 
     def hang_up(self) -> None:
-        """End the calls of all threads."""
+        """End the calls of all threads, and let none begin until `hung_up` is False again."""
+        self.hung_up = True
         for connection in list(self._open):
             if (sock := connection.sock) is not None:
                 with suppress(OSError):

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from harness import Outputs
 from torch import Tensor
 
+from fastppo.bench.harness import Outputs
 from fastppo_kernels import token_logprobs
 
 CLIP = 0.2

@@ -1,9 +1,13 @@
-"""The one PPO setting every benchmark script here runs: model shape, seeds, prompts and PPO numbers."""
+"""The one PPO setting that the scripts of this folder run: model shape, seeds, prompts and PPO numbers.
+
+They are run as files, by the interpreter of the system that each is for, so nothing here needs fastppo.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -30,6 +34,7 @@ class PPOSetting:
     ppo_epochs: int = 2
     minibatches: int = 4
     learning_rate: float = 3e-6
+    adam_eps: float = 1e-8
     gamma: float = 1.0
     lam: float = 0.95
     clip_range: float = 0.2
@@ -51,6 +56,26 @@ class PPOSetting:
 
 
 SETTING = PPOSetting()
+SMALL = replace(SETTING, hidden_size=64, intermediate_size=256, layers=2, vocab_size=64)
+# Here the reward moves within 20 iterations.
+LEARNING = replace(SMALL, prompt_tokens=4, response_tokens=8, learning_rate=1e-3, kl_coef=0.01)
+QUICK = replace(SMALL, prompts=8, batch_size=8, response_tokens=8)
+SETTINGS = {"speed": SETTING, "learning": LEARNING, "quick": QUICK}
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--iterations", type=int, default=4, help="PPO iterations; the first is a warm-up")
+    made.add_argument("--setting", choices=SETTINGS, default="speed")
+    made.add_argument("--sampling-seed", type=int, default=SETTING.sampling_seed)
+    made.add_argument("--threads", type=int, default=SETTING.threads)
+    return made
+
+
+def setting_of(options: argparse.Namespace) -> PPOSetting:
+    """The setting that is named, with what the options change."""
+    return replace(SETTINGS[options.setting], sampling_seed=options.sampling_seed, threads=options.threads)
 
 
 @dataclass

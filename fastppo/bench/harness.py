@@ -1,9 +1,10 @@
 """Times variants of one op against each other: outputs checked first, then in turn, in one process.
 
 A variant that does not match float64 is not timed. Rounds run every variant once, in order, so a slow minute of the
-machine meets all of them; ratios are taken round by round, and their median is what to quote. On a GPU every variant is
-timed once more as a CUDA graph. The least bytes and operations of an op are written out by its script; here they become
-shares of the copy and matmul rates of this machine.
+machine meets all of them, and a yardstick that no commit changes; caches are overwritten before each. Ratios are taken
+round by round, and their median is what to quote. On a GPU every variant is timed once more as a CUDA graph. The least
+bytes and operations of an op are written out by its module in `ops`; `records` makes shares of the copy and matmul
+rates of this machine of them.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import importlib.metadata
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import captured, copy_rate, machine, matmul_rate, seconds_per_call
-from peak_memory import PeakMemory, resident_bytes
 from torch import Tensor
 
+from fastppo.bench import records
+from fastppo.bench.machine import cache_flush, captured, machine, seconds_per_call, yardstick
+from fastppo.bench.ppo_iteration.peak_memory import PeakMemory, resident_bytes
+from fastppo.bench.records import OURS, Record, Work
+
 Outputs = Mapping[str, Tensor]
-OURS = "fastppo"
+YARDSTICK = "yardstick"
 GRAPH_ROUNDS = 15
+LEAST_ROUNDS = 5  # fewer say nothing about the noise
 PEERS_LEEWAY = 20.0  # some work in bfloat16 throughout; the error stands beside the time
 
 
@@ -68,46 +70,14 @@ class Case:
     """Least floating-point operations of the matrix products."""
     dtype: torch.dtype = torch.float32
     """Of the products' operands: which matmul rate to compare with."""
+    tokens: float = 0.0
+    """That the op works through; 0: not counted in tokens."""
+    suite: str = "kernels"
 
-
-def parser(doc: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    made.add_argument("--entropy", type=boolean, nargs="+", default=[False, True], help="of the row losses")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads())
-    made.add_argument("--repeats", type=int, default=repeats, help="rounds per case, unless --seconds ends them first")
-    made.add_argument("--seconds", type=float, default=20.0, help="of rounds per case, after at least 3")
-    made.add_argument("--only", nargs="+", help="names of variants; fastppo always runs")
-    made.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
-    made.add_argument("--out", type=Path, help="append JSON lines here")
-    return made
-
-
-def boolean(text: str) -> bool:
-    """ "True" or "False"."""
-    return {"True": True, "False": False}[text]
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """ "1024,128,32000" as numbers."""
-    return tuple(int(number) for number in text.split(","))
-
-
-def start(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The parsed options, with the number of threads set."""
-    options = made.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    return options
-
-
-def run(made: argparse.ArgumentParser, cases: Callable[[argparse.Namespace], Iterable[Case]]) -> None:
-    """A whole script: every case of the options on the command line."""
-    options = start(made)
-    for case in cases(options):
-        compare(case, options)
+    @property
+    def work(self) -> Work:
+        """The least that must be done, for a floor."""
+        return Work(self.num_bytes, self.flops, self.dtype, self.tokens)
 
 
 def peer(module: str, make: Callable[[Any], Variant]) -> Variant | str:
@@ -122,8 +92,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
-def compare(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Check, time and print the variants of a case; one JSON object per variant, appended to options.out."""
+def measure(case: Case, options: argparse.Namespace) -> list[Record]:
+    """Check, time and print the variants of a case; one record per variant, appended to options.out.
+
+    Raises:
+        ValueError: fastppo's own outputs are wrong; nothing was timed.
+    """
     torch.compiler.reset()
     chosen = {n: v for n, v in case.variants.items() if not options.only or n in (OURS, *options.only)}
     skipped = {name: v for name, v in chosen.items() if isinstance(v, str)}
@@ -137,21 +111,40 @@ def compare(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
             errors[name] = found
         _free()
     memory = {name: _peak_extra_bytes(v, options.device) for name, v in variants.items()}
-    rounds = _rounds(variants, options)
+    times = _rounds(variants, options)
     lines = [
         {**_head(case), "variant": name, "note": v.note}
-        | _numbers(case, rounds[name], rounds[OURS], options.device)
-        | {"error": _short(errors[name]), "peak_extra_mb": _short(memory[name] / 2**20)}
+        | records.numbers(times[name].wall, case.work, options.device)
+        | records.shortened(
+            {
+                "cpu_ms": 1e3 * statistics.median(times[name].cpu),
+                "times_fastppo": _times_ours(times[name], times[OURS]),
+                "error": errors[name],
+                "peak_extra_mb": memory[name] / 2**20,
+            }
+        )
+        | _clocks(times[name], times[YARDSTICK], options.device)
         | _graph(v, options.device)
         for name, v in variants.items()
     ]
-    _print(case, lines, skipped)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            for line in [*lines, *({**_head(case), "variant": n, "skipped": why} for n, why in skipped.items())]:
-                file.write(json.dumps(line | {"machine": machine(options.device)}) + "\n")
+    lines += [{**_head(case), "variant": name, "skipped": why} for name, why in skipped.items()]
+    least = f"least: {case.num_bytes / 1e9:.3g} GB, {case.flops / 1e9:.4g} GFLOP"
+    records.show(f"{case.op}  {records.setting_text(case.setting)}  {least}", lines)
+    here = machine(options.device, options.seed, options.commit)
+    records.append(options.out, [line | {"machine": here} for line in lines])
     return lines
+
+
+def _clocks(times: _Times, stick: _Times, device: str) -> Record:
+    """The rounds by clock, with the yardstick's: what `compare` reads."""
+    read = {"yardstick_ms": stick.wall}
+    if device == "cpu":
+        read |= {"cpu_rounds_ms": times.cpu, "yardstick_cpu_ms": stick.cpu}
+    return {name: [records.short(1e3 * x) for x in seconds] for name, seconds in read.items()}
+
+
+def _times_ours(times: _Times, ours: _Times) -> float:
+    return statistics.median(a / b for a, b in zip(times.wall, ours.wall, strict=True))
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
@@ -205,14 +198,17 @@ class _Times:
 
 
 def _rounds(variants: dict[str, Variant], options: argparse.Namespace) -> dict[str, _Times]:
-    """Seconds of every variant, one entry per round."""
-    times = {name: _Times() for name in variants}
-    calls = {name: _calls(v, options.device) for name, v in variants.items()}
+    """Seconds of every variant and of the yardstick, one entry per round."""
+    flush, stick = cache_flush(options.device), yardstick(options.device)
+    timed = {**variants, YARDSTICK: Variant(run=stick)}
+    times = {name: _Times() for name in timed}
+    calls = {name: _calls(v, options.device) for name, v in timed.items()}
     end = time.perf_counter() + options.seconds
     for round_ in range(options.repeats):
-        if round_ >= 3 and time.perf_counter() > end:
+        if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
             break
-        for name, variant in variants.items():
+        for name, variant in timed.items():
+            flush()
             wall, cpu = _time(variant, calls[name], options.device)
             times[name].wall.append(wall)
             times[name].cpu.append(cpu)
@@ -220,12 +216,12 @@ def _rounds(variants: dict[str, Variant], options: argparse.Namespace) -> dict[s
 
 
 def _calls(variant: Variant, device: str) -> int:
-    """Calls per round, so that a round of a short variant lasts a few milliseconds; a warm-up too."""
+    """Calls per round, so that a round of a short variant lasts two milliseconds; a warm-up too."""
     if variant.before:
         _time(variant, 1, device)
         return 1
     seconds = _time(variant, 1, device)[0]
-    return max(1, min(200, math.ceil(5e-3 / max(seconds, 1e-6))))
+    return max(1, min(200, math.ceil(2e-3 / max(seconds, 1e-6))))
 
 
 def _time(variant: Variant, calls: int, device: str) -> tuple[float, float]:
@@ -235,7 +231,7 @@ def _time(variant: Variant, calls: int, device: str) -> tuple[float, float]:
     return seconds_per_call(variant.run, calls, device)
 
 
-def _graph(variant: Variant, device: str) -> dict[str, Any]:
+def _graph(variant: Variant, device: str) -> Record:
     """On a GPU, the time of the kernels alone: the call captured in a CUDA graph, or why it cannot be.
 
     Between two events an eager call of a few short kernels takes as long as Python needs to launch them.
@@ -251,7 +247,7 @@ def _graph(variant: Variant, device: str) -> dict[str, Any]:
     except Exception as error:  # of a peer as of the op: whatever waits for the device fails in its own way
         torch.cuda.synchronize()
         return {"no_graph": _reason(error)}
-    return {"graph_ms": _short(1e3 * statistics.median(times))}
+    return {"graph_ms": records.short(1e3 * statistics.median(times))}
 
 
 def _peak_extra_bytes(variant: Variant, device: str) -> float:
@@ -281,47 +277,5 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _head(case: Case) -> dict[str, Any]:
-    return {"op": case.op, **case.setting}
-
-
-def _numbers(case: Case, times: _Times, ours: _Times, device: str) -> dict[str, Any]:
-    """The record of one variant's times."""
-    median, fifths = statistics.median(times.wall), statistics.quantiles(times.wall, n=5, method="inclusive")
-    numbers = {
-        "median_ms": 1e3 * median,
-        "p20_ms": 1e3 * fifths[0],
-        "p80_ms": 1e3 * fifths[-1],
-        "min_ms": 1e3 * min(times.wall),
-        "cpu_ms": 1e3 * statistics.median(times.cpu),
-        "times_fastppo": statistics.median(a / b for a, b in zip(times.wall, ours.wall, strict=True)),
-        "rounds": len(times.wall),
-        "least_bytes": case.num_bytes,
-        "gb_per_s": case.num_bytes / median / 1e9,
-        "of_copy": case.num_bytes / median / copy_rate(device),
-    }
-    if case.flops:
-        rate = case.flops / median
-        numbers |= {"least_flops": case.flops, "gflop_per_s": rate / 1e9}
-        numbers["of_matmul"] = rate / matmul_rate(device, case.dtype)
-    return {name: _short(x) for name, x in numbers.items() if x == x}  # not NaN
-
-
-def _short(x: Any) -> Any:
-    return float(f"{x:.4g}") if isinstance(x, float) else x
-
-
-def _print(case: Case, lines: list[dict[str, Any]], skipped: dict[str, str]) -> None:
-    setting = " ".join(f"{k}={v}" for k, v in case.setting.items())
-    print(f"\n{case.op}  {setting}  least: {case.num_bytes / 1e9:.3g} GB, {case.flops / 1e9:.4g} GFLOP")
-    print(f"  {'variant':26}{'median ms':>10}{'p20':>9}{'p80':>9}{'min':>9}{'CPU ms':>9}{'x fastppo':>10}", end="")
-    print(f"{'of copy':>9}{'of matmul':>10}{'graph ms':>10}{'extra MB':>10}{'error':>9}")
-    for line in lines:
-        cells = [line.get(key, math.nan) for key in ("median_ms", "p20_ms", "p80_ms", "min_ms", "cpu_ms")]
-        print(f"  {line['variant']:26}{cells[0]:10.4g}" + "".join(f"{x:9.4g}" for x in cells[1:]), end="")
-        print(f"{line['times_fastppo']:10.2f}{line['of_copy']:9.1%}{line.get('of_matmul', math.nan):10.1%}", end="")
-        print(
-            f"{line.get('graph_ms', math.nan):10.4g}{line['peak_extra_mb']:10.1f}{line['error']:9.1e}  {line['note']}"
-        )
-    for name, why in skipped.items():
-        print(f"  {name:26}skipped: {why}")
+def _head(case: Case) -> Record:
+    return {"suite": case.suite, "op": case.op, "setting": case.setting}

@@ -1,11 +1,10 @@
-"""Times PPOEngine on the shared setting and prints one JSON line, in the form of bench_trl_ppo.py.
+"""Times PPOEngine on the shared setting and prints one JSON line, in the form of run_trl.py.
 
-python bench/bench_fastppo.py --iterations 4
+python fastppo/bench/ppo_iteration/run_fastppo.py --iterations 4
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from peak_memory import PeakMemory, resident_bytes
-from ppo_setting import SETTING, build_models, build_prompts
+from ppo_setting import PPOSetting, build_models, build_prompts, parser, setting_of
 
 import fastppo
 from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, RewardModel, RolloutConfig, WeightedRewards, models
@@ -25,43 +24,45 @@ RSS_AFTER_IMPORTS = resident_bytes()
 WARMUP_ITERATIONS = 1
 
 
-def build_engine(max_tokens: int) -> tuple[PPOEngine, WeightedRewards]:
+def build_engine(setting: PPOSetting, max_tokens: int) -> tuple[PPOEngine, WeightedRewards]:
     """The shared models and PPO numbers in fastppo's names."""
-    four = build_models()
-    optimizer = OptimizerConfig(lr=SETTING.learning_rate, schedule="constant", max_grad_norm=None)
+    four = build_models(setting)
+    optimizer = OptimizerConfig(lr=setting.learning_rate, eps=setting.adam_eps, schedule="constant", max_grad_norm=None)
     engine = PPOEngine(
         models.prepare_policy(four.policy),
         reference=models.prepare_policy(four.reference),
         critic=models.critic_from(four.value, label=0),
         ppo=PPOConfig(
-            num_epochs=SETTING.ppo_epochs,
-            num_minibatches=SETTING.minibatches,
+            num_epochs=setting.ppo_epochs,
+            num_minibatches=setting.minibatches,
             max_tokens_per_microbatch=max_tokens,
-            clip_low=SETTING.clip_range,
-            clip_high=SETTING.clip_range,
-            value_clip=SETTING.value_clip_range,
-            value_coef=SETTING.value_coef,
-            gamma=SETTING.gamma,
-            lam=SETTING.lam,
-            kl_coef=SETTING.kl_coef,
+            clip_low=setting.clip_range,
+            clip_high=setting.clip_range,
+            value_clip=setting.value_clip_range,
+            value_coef=setting.value_coef,
+            gamma=setting.gamma,
+            lam=setting.lam,
+            kl_coef=setting.kl_coef,
             truncation="none",
         ),
         rollout=RolloutConfig(
-            num_prompts=SETTING.prompts,
-            temperature=SETTING.temperature,
-            max_new_tokens=SETTING.response_tokens,
+            num_prompts=setting.prompts,
+            temperature=setting.temperature,
+            max_new_tokens=setting.response_tokens,
         ),
         policy_optimizer=optimizer,
         critic_optimizer=optimizer,
-        seed=SETTING.sampling_seed,
+        seed=setting.sampling_seed,
     )
     reward = models.reward_model_from(four.reward)
     models.value_head(reward).load_state_dict(four.reward.score.state_dict())
     return engine, WeightedRewards([RewardModel(models.frozen(reward))])
 
 
-def iterate(engine: PPOEngine, rewards: WeightedRewards, prompts: Prompts) -> dict[str, float]:
-    """One PPO iteration; seconds of each phase."""
+def iterate(
+    engine: PPOEngine, rewards: WeightedRewards, prompts: Prompts, setting: PPOSetting
+) -> tuple[dict[str, float], float]:
+    """One PPO iteration; seconds of each phase, and the mean reward."""
     marks = [time.perf_counter()]
     rollout = engine.generate(prompts)
     marks.append(time.perf_counter())
@@ -71,12 +72,15 @@ def iterate(engine: PPOEngine, rewards: WeightedRewards, prompts: Prompts) -> di
     marks.append(time.perf_counter())
     steps = engine.update(experience)["policy/steps"]
     marks.append(time.perf_counter())
-    assert steps == SETTING.optimizer_steps_per_iteration, steps
+    assert steps == setting.optimizer_steps_per_iteration, steps
     phases = ("rollout", "reward", "score", "update")
-    return {name: b - a for name, a, b in zip(phases, marks, marks[1:], strict=False)}
+    seconds = {name: b - a for name, a, b in zip(phases, marks, marks[1:], strict=False)}
+    return seconds, float(scores.sequences.mean())
 
 
-def result(rows: list[dict[str, float]], peak_bytes: int, max_tokens: int) -> dict[str, Any]:
+def result(
+    rows: list[dict[str, float]], means: list[float], peak_bytes: int, setting: PPOSetting, max_tokens: int
+) -> dict[str, Any]:
     """The record to print; the medians leave the warm-up out, the list keeps it."""
     seconds, timed = [sum(row.values()) for row in rows], rows[WARMUP_ITERATIONS:]
     return {
@@ -84,27 +88,29 @@ def result(rows: list[dict[str, float]], peak_bytes: int, max_tokens: int) -> di
         "seconds_per_iteration": [round(value, 4) for value in seconds],
         "median_seconds": round(statistics.median(seconds[WARMUP_ITERATIONS:]), 4),
         "phases": {name: round(statistics.median(row[name] for row in timed), 4) for name in timed[0]},
+        "rewards": [round(x, 5) for x in means],
         "peak_rss_above_imports_mb": round((peak_bytes - RSS_AFTER_IMPORTS) / 2**20, 1),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "settings": dataclasses.asdict(SETTING) | {"max_tokens_per_microbatch": max_tokens},
+        "settings": dataclasses.asdict(setting) | {"max_tokens_per_microbatch": max_tokens},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=4, help="PPO iterations; the first is a warm-up")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens per micro-batch")
-    arguments = parser.parse_args()
-    torch.set_num_threads(SETTING.threads)
+    made = parser(__doc__)
+    made.add_argument("--max-tokens", type=int, default=1024, help="tokens per micro-batch")
+    options = made.parse_args()
+    setting = setting_of(options)
+    torch.set_num_threads(setting.threads)
     with PeakMemory() as memory:
-        engine, rewards = build_engine(arguments.max_tokens)
-        prompts = Prompts(token_ids=tuple(tuple(row) for row in build_prompts().tolist()))
-        rows = [iterate(engine, rewards, prompts) for _ in range(arguments.iterations)]
-    print(json.dumps(result(rows, memory.peak_bytes, arguments.max_tokens)))
+        engine, rewards = build_engine(setting, options.max_tokens)
+        prompts = Prompts(token_ids=tuple(tuple(row) for row in build_prompts(setting).tolist()))
+        done = [iterate(engine, rewards, prompts, setting) for _ in range(options.iterations)]
+    rows, means = [row for row, _ in done], [mean for _, mean in done]
+    print(json.dumps(result(rows, means, memory.peak_bytes, setting, options.max_tokens)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""What moved between two files of records, beyond their noise.
+
+The noise of a measurement is the band of its rounds: 20th to 80th percentile, or all of them where there are fewer than
+8. Two measurements differ when their bands do not overlap, by more than `RUN_TO_RUN`, which two runs of one build may
+differ by although each is steady (memory layout, clocks). Where both files timed the yardstick between the rounds, the
+same must hold after dividing by it, round by round: a machine that slowed down slowed both. The smaller of the two
+changes is the one that counts. On a CPU this is asked of the wall clock and of the process's CPU time, which other load
+disturbs less, and the larger change counts: what waits shows in the one, what computes in the other. Only fastppo's own
+times are judged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastppo.bench import records
+from fastppo.bench.records import OURS, Record
+from fastppo.checks import require
+
+RUN_TO_RUN = {"cpu": 1.15, "gpu": 1.05}
+MANY = 8  # rounds from which percentiles say more than the extremes
+Key = tuple[str, str, str, str, str, int]
+CLOCKS = (("rounds_ms", "yardstick_ms"), ("cpu_rounds_ms", "yardstick_cpu_ms"))
+
+
+@dataclass(frozen=True)
+class Times:
+    """The rounds of one measurement by one clock, ms."""
+
+    rounds: list[float] = field(default_factory=list)
+    yardstick: list[float] = field(default_factory=list)
+
+    @property
+    def relative(self) -> list[float]:
+        """In units of the yardstick; empty without one."""
+        whole = len(self.rounds) == len(self.yardstick)
+        return [a / b for a, b in zip(self.rounds, self.yardstick, strict=True)] if whole else []
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one measurement: the new time over the old, and the band that its noise gives."""
+
+    key: Key
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def moved(self) -> bool:
+        """Whether it is more than noise."""
+        allowed = RUN_TO_RUN[self.key[4].split()[0]]
+        return not self.low <= 1 <= self.high and not 1 / allowed <= self.ratio <= allowed
+
+
+def band(rounds: Sequence[float]) -> tuple[float, float]:
+    """Where the rounds lie."""
+    if len(rounds) < MANY:
+        return min(rounds), max(rounds)
+    fifths = statistics.quantiles(rounds, n=5, method="inclusive")
+    return fifths[0], fifths[-1]
+
+
+def change(key: Key, old: Sequence[Times], new: Sequence[Times]) -> Change:
+    """The larger of the changes that the clocks show, those beyond noise first."""
+    found = [_by_clock(key, a, b) for a, b in zip(old, new, strict=True) if a.rounds and b.rounds]
+    return max(found, key=lambda c: (c.moved, abs(math.log(c.ratio))))
+
+
+def _by_clock(key: Key, old: Times, new: Times) -> Change:
+    """By the times alone or in yardsticks, whichever says that less has changed."""
+    found = [_change(key, old.rounds, new.rounds)]
+    if old.relative and new.relative:
+        found.append(_change(key, old.relative, new.relative))
+    still = [c for c in found if not c.moved]
+    if still:
+        return still[0]
+    if len({c.ratio > 1 for c in found}) == 2:  # they disagree about the direction
+        return Change(key, 1.0, min(c.low for c in found), max(c.high for c in found))
+    return min(found, key=lambda c: abs(math.log(c.ratio)))
+
+
+def _change(key: Key, old: Sequence[float], new: Sequence[float]) -> Change:
+    (old_low, old_high), (new_low, new_high) = band(old), band(new)
+    return Change(key, statistics.median(new) / statistics.median(old), new_low / old_high, new_high / old_low)
+
+
+def times_of(lines: Iterable[Record]) -> dict[Key, list[Times]]:
+    """By what was measured, for each clock; a file that holds a measurement several times has the rounds of all."""
+    found: dict[Key, list[Times]] = {}
+    for line in (line for line in lines if line.get("rounds_ms")):
+        for times, (rounds, ticks) in zip(
+            found.setdefault(key_of(line), [Times() for _ in CLOCKS]), CLOCKS, strict=True
+        ):
+            times.rounds.extend(line.get(rounds, []))
+            times.yardstick.extend(line.get(ticks, []))
+    return found
+
+
+def key_of(line: Record) -> Key:
+    here: dict[str, Any] = line.get("machine", {})
+    setting = json.dumps(line["setting"], sort_keys=True)
+    device = f"{'cpu' if 'by_threads' in here else 'gpu'} {here.get('device', '')}"
+    return line.get("suite", ""), line["op"], line["variant"], setting, device, here.get("threads", 0)
+
+
+def compare(old: Path, new: Path, max_ratio: float) -> int:
+    """Print what moved; the number of fastppo's times that grew beyond noise and `max_ratio`.
+
+    Raises:
+        ValueError: the files have nothing in common, or the ratio is no limit.
+    """
+    require(max_ratio >= 1, f"--max-ratio must be >= 1, got {max_ratio}")
+    before, after = times_of(records.read(old)), times_of(records.read(new))
+    common = [key for key in after if key in before and key[2].startswith(OURS)]
+    require(
+        len(common) > 0,
+        f"nothing to compare: {old} and {new} hold no measurement of fastppo with the same op, setting, device and "
+        "number of threads; run the same suite on the same machine",
+    )
+    changes = [change(key, before[key], after[key]) for key in common]
+    moved = sorted((c for c in changes if c.moved), key=lambda c: -c.ratio)
+    worse = [c for c in moved if c.ratio > max_ratio]
+    for c in moved:
+        print(_line(c, c in worse))
+    missing = [key for key in before if key not in after and key[2].startswith(OURS)]
+    print(
+        f"{len(common)} measurements compared, {len(moved)} moved beyond noise (bands of the rounds apart, by more "
+        f"than {_allowed(common)}), {len(worse)} slower by more than {max_ratio:g}x, {len(missing)} not measured again"
+    )
+    return len(worse)
+
+
+def _allowed(keys: Iterable[Key]) -> str:
+    kinds = sorted({key[4].split()[0] for key in keys})
+    return ", ".join(f"{RUN_TO_RUN[kind] - 1:.0%} on a {kind.upper()}" for kind in kinds)
+
+
+def _line(c: Change, worse: bool) -> str:
+    suite, op, variant, setting, *_ = c.key
+    verdict = "SLOWER" if worse else "slower" if c.ratio > 1 else "faster"
+    name = f"{suite} {op} {variant} {records.setting_text(json.loads(setting))}"
+    return f"{verdict} {c.ratio:.2f}x (band {c.low:.2f} to {c.high:.2f})  {name}"

@@ -1,0 +1,198 @@
+"""The machine: how long a call takes on it, how fast it copies and multiplies, and what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastppo
+from fastppo_kernels.linear import product, runs_onednn
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "liger-kernel", "trl", "verl", "openrlhf", "agilerl", "flash-attn"),
+    *("accelerate", "datasets", "numpy"),
+)
+GIT = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+
+
+def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
+    """(wall, CPU) seconds per call. On a GPU the first is between two CUDA events, the second NaN."""
+    if device != "cpu":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls, math.nan
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """`run` as a CUDA graph: a call replays its kernels and pays neither Python nor its launches.
+
+    Raises:
+        RuntimeError: `run` waits for the device, or does something else that cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a first call allocates or compiles must not be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@cache
+def copy_rate(device: str, threads: int | None = None) -> float:
+    """Bytes read and written per second by a copy of a large tensor: the median of ten, as variants are timed.
+
+    Args:
+        threads: of the CPU; None: as many as torch has now.
+    """
+    size = (1 << 30) if device != "cpu" else (1 << 28)
+    x, y = torch.ones(2, size // 4, dtype=torch.float32, device=device)
+    with _on_threads(threads):
+        return 2 * size / _median_seconds(lambda: y.copy_(x), device)
+
+
+@cache
+def matmul_rate(device: str, dtype: torch.dtype, threads: int | None = None) -> float:
+    """Operations per second of a large product of random matrices, the median of ten, by the faster library."""
+    n = 8192 if device != "cpu" else 1536
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    ways: list[Callable[[], object]] = [lambda: a @ b]
+    if runs_onednn(a):
+        ways.append(lambda: product(a, b))
+    with _on_threads(threads):
+        return 2 * n**3 / min(_median_seconds(way, device) for way in ways)
+
+
+def yardstick(device: str) -> Callable[[], dict[str, Any]]:
+    """A few milliseconds of products and copies that no commit changes: rounds time it to tell a slow machine."""
+    n, size, times = (512, 1 << 20, 8) if device == "cpu" else (4096, 1 << 26, 4)
+    a, x = torch.randn(n, n, device=device), torch.randn(size, device=device)
+    out, y = torch.empty_like(a), torch.empty_like(x)
+
+    def run() -> dict[str, Any]:
+        for _ in range(times):
+            torch.mm(a, a, out=out)
+            y.copy_(x)
+        return {}
+
+    return run
+
+
+def cache_flush(device: str) -> Callable[[], object]:
+    """Writes over more memory than caches hold, so that a call finds its inputs where other work left them."""
+    scratch = torch.empty((1 << 26) if device == "cpu" else (1 << 28), dtype=torch.uint8, device=device)
+    return scratch.zero_
+
+
+def _median_seconds(run: Callable[[], object], device: str) -> float:
+    """Of ten calls, after one that warms up."""
+    run()
+    return statistics.median(seconds_per_call(run, 1, device)[0] for _ in range(10))
+
+
+@contextmanager
+def _on_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def machine(device: str, seed: int = 0, commit: str | None = None) -> dict[str, Any]:
+    """What the numbers belong to: device, driver, versions, commit, seed, and the rates it was measured to have."""
+    return {
+        "device": torch.cuda.get_device_name() if device != "cpu" else _cpu(),
+        "driver": _driver() if device != "cpu" else platform.release(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {"fastppo": fastppo.__version__, **versions()},
+        "commit": commit or _commit(),
+        "seed": seed,
+        **_rates(device),
+    }
+
+
+def _rates(device: str) -> dict[str, Any]:
+    """Copy and matmul rates; on a CPU of one thread, of all that torch uses, and of powers of two in between."""
+    most = torch.get_num_threads()
+    counts = sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)}) if device == "cpu" else [None]
+    dtypes = (torch.float32, torch.bfloat16)
+    rates = {
+        count: {
+            "copy_gb_per_s": round(copy_rate(device, count) / 1e9, 2),
+            **{f"matmul_{_name(t)}_gflop_per_s": round(matmul_rate(device, t, count) / 1e9, 1) for t in dtypes},
+        }
+        for count in counts
+    }
+    return {**rates[counts[-1]]} | ({"by_threads": {str(n): r for n, r in rates.items()}} if device == "cpu" else {})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide about speed, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _driver() -> str:
+    """NVIDIA's driver and the CUDA or ROCm that torch was built for."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    try:
+        return f"{subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()}, {runtime}"
+    except (OSError, subprocess.CalledProcessError):
+        return runtime
+
+
+def _commit() -> str:
+    """Of the repository that holds this file; an installed copy has its version alone."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent.parent / "pyproject.toml").exists():
+        return "unknown"
+    try:
+        done = subprocess.run(GIT, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="ascii").splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()

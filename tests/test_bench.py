@@ -1,0 +1,306 @@
+"""`fastppo bench`: what it compares, counts, refuses and prints. No time is asserted."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastppo import models
+from fastppo.bench import arguments, harness, lengths, pages, pictures, records, shapes, step, work
+from fastppo.bench.clock import Clock
+from fastppo.bench.command import bench
+from fastppo.bench.ops import OPS
+from fastppo.bench.step_settings import parser, settings
+from fastppo.checks import InputError
+from fastppo.cli import main
+
+Record = records.Record
+ROOT = Path(__file__).parent.parent
+PARAMETERS = {  # of the checkpoints, tied heads counted once
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "llama-3.1-8b": 8_030_261_248,
+}
+
+
+def measured(draw: random.Random, *, slower: float = 1.0, machine: float = 1.0, rounds: int = 9) -> list[Record]:
+    """Records of ten ops: each round has its own noise, and a slow minute meets op and yardstick alike."""
+    out = []
+    for i in range(10):
+        minutes = [machine * math.exp(draw.gauss(0, 0.03)) for _ in range(rounds)]
+        times = [(i + 1) * slower * m * math.exp(draw.gauss(0, 0.04)) for m in minutes]
+        ticks = [2.0 * m * math.exp(draw.gauss(0, 0.02)) for m in minutes]
+        out.append(record(f"op{i}", times, ticks))
+    return out
+
+
+def record(op: str, times: list[float], ticks: list[float] | None = None, variant: str = "fastppo") -> Record:
+    here = {"device": "cpu", "threads": 1, "commit": "abc", "versions": {}, "copy_gb_per_s": 10.0, "by_threads": {}}
+    head = {"suite": "kernels", "op": op, "setting": {"R": 4}, "variant": variant, "machine": here}
+    return head | {"rounds_ms": times, "yardstick_ms": ticks or [], "median_ms": sorted(times)[len(times) // 2]}
+
+
+def written(path: Path, lines: list[Record]) -> Path:
+    path.unlink(missing_ok=True)
+    records.append(path, lines)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_slow_down_of_a_third_is_caught_and_a_rerun_is_silent(seed: int, tmp_path: Path, capsys):
+    draw = random.Random(seed)
+    old = written(tmp_path / "old.jsonl", measured(draw))
+    again = written(tmp_path / "again.jsonl", measured(draw))
+    slow = written(tmp_path / "slow.jsonl", measured(draw, slower=1.3))
+    assert bench(["compare", str(old), str(again)]) == 0
+    assert "10 measurements compared, 0 moved" in capsys.readouterr().out
+    assert bench(["compare", str(old), str(slow)]) == 1
+    assert capsys.readouterr().out.count("SLOWER") == 10
+
+
+def test_a_change_within_the_bands_of_the_rounds_is_noise(tmp_path: Path, capsys):
+    wide = [1.0, 1.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5]
+    old = written(tmp_path / "old", [record("a", wide)])
+    new = written(tmp_path / "new", [record("a", [x * 1.3 for x in wide])])
+    assert bench(["compare", str(old), str(new)]) == 0 and "0 moved" in capsys.readouterr().out
+
+
+def test_a_loss_of_threads_shows_on_the_wall_and_more_work_in_cpu_time(tmp_path: Path, capsys):
+    """Under load the wall clock alone would hide the second."""
+    draw, base = random.Random(0), record("a", [1.0] * 9, [1.0] * 9)
+    cpu = {"cpu_rounds_ms": [2.0] * 9, "yardstick_cpu_ms": [1.0] * 9}
+    loaded = {"rounds_ms": [math.exp(draw.gauss(0.3, 0.5)) for _ in range(9)]}
+    old = written(tmp_path / "old", [base | cpu])
+    waits = written(tmp_path / "waits", [base | cpu | {"rounds_ms": [1.3] * 9}])
+    works = written(tmp_path / "works", [base | loaded | cpu | {"cpu_rounds_ms": [2.6] * 9}])
+    assert [bench(["compare", str(old), str(new)]) for new in (old, waits, works)] == [0, 1, 1]
+    assert capsys.readouterr().out.count("SLOWER 1.30x") == 2
+
+
+@pytest.mark.parametrize("factor", [1.3, 0.7])
+def test_a_machine_that_changed_its_speed_is_no_regression(factor: float, tmp_path: Path, capsys):
+    draw = random.Random(0)
+    old = written(tmp_path / "old.jsonl", measured(draw))
+    new = written(tmp_path / "new.jsonl", measured(draw, machine=factor))
+    assert bench(["compare", str(old), str(new)]) == 0 and "0 moved" in capsys.readouterr().out
+
+
+def test_what_became_faster_is_told_and_is_no_error(tmp_path: Path, capsys):
+    draw = random.Random(0)
+    old = written(tmp_path / "old.jsonl", measured(draw))
+    new = written(tmp_path / "new.jsonl", measured(draw, slower=0.6))
+    assert bench(["compare", str(old), str(new)]) == 0 and capsys.readouterr().out.count("faster 0.") == 10
+
+
+def test_the_limit_is_the_users_and_peers_are_not_judged(tmp_path: Path):
+    old = [record("a", [1.0] * 9), record("a", [1.0] * 9, variant="torch eager")]
+    old, new = written(tmp_path / "old", old), tmp_path / "new"
+    written(new, [record("a", [1.2] * 9), record("a", [9.0] * 9, variant="torch eager")])
+    limits = {limit: bench(["compare", str(old), str(new), "--max-ratio", str(limit)]) for limit in (1.1, 1.25)}
+    assert limits == {1.1: 1, 1.25: 0}
+
+
+def test_files_that_share_nothing_and_lines_that_are_no_records_are_refused(tmp_path: Path):
+    one, other = written(tmp_path / "one", [record("a", [1.0])]), written(tmp_path / "two", [record("b", [1.0])])
+    with pytest.raises(InputError, match="nothing to compare"):
+        bench(["compare", str(one), str(other)])
+    (tmp_path / "text").write_text('{"op": "a"}\n')
+    with pytest.raises(InputError, match="line 1 is no measurement"):
+        bench(["compare", str(one), str(tmp_path / "text")])
+    with pytest.raises(InputError, match="no such file"):
+        bench(["kernels", "--out", str(tmp_path / "new"), "--compare", str(tmp_path / "none")])
+    with pytest.raises(InputError, match="--compare needs --out"):
+        bench(["kernels", "--compare", str(one)])
+
+
+def test_the_command_refuses_a_suite_it_has_not(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "speed"])
+    assert ended.value.code == 2 and "no suite 'speed': there are kernels, step" in capsys.readouterr().err
+
+
+def case(ours: float, theirs: float) -> harness.Case:
+    def of(value: float) -> harness.Variant:
+        return harness.Variant(run=lambda: {"x": torch.full((2,), value)})
+
+    truth = {"x": torch.ones(2, dtype=torch.float64)}
+    variants = {"fastppo": of(ours), "peer": of(theirs), "absent": "not installed"}
+    return harness.Case(op="op", setting={"R": 2}, variants=variants, truth=truth, tolerance=1e-3, num_bytes=8)
+
+
+def options(*argv: str) -> Any:
+    return arguments.start(arguments.parser(None), ["--device", "cpu", "--seconds", "0.01", "--threads", "1", *argv])
+
+
+def test_a_red_check_prints_no_speed(tmp_path: Path, capsys):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="not timed: error"):
+        harness.measure(case(1.01, 1.0), options("--out", str(out)))
+    assert not out.exists() and capsys.readouterr().out == ""
+    lines = {r["variant"]: r for r in harness.measure(case(1.0, 1.1), options("--out", str(out)))}
+    assert "median_ms" not in lines["peer"] and "not timed" in lines["peer"]["skipped"]
+    assert lines["absent"]["skipped"] == "not installed" and lines["fastppo"]["median_ms"] > 0
+    assert {r["variant"] for r in records.read(out)} == {"fastppo", "peer", "absent"}
+
+
+def test_a_record_says_what_it_belongs_to(tmp_path: Path):
+    (line, *_) = harness.measure(case(1.0, 1.0), options("--out", str(tmp_path / "out"), "--seed", "7"))
+    (kept, *_) = records.read(tmp_path / "out")
+    here = kept["machine"]
+    assert here["seed"] == 7 and here["versions"]["torch"] == torch.__version__ and here["commit"]
+    assert here["by_threads"]["1"]["copy_gb_per_s"] > 0 and here["matmul_bfloat16_gflop_per_s"] > 0
+    assert len(line["rounds_ms"]) == len(line["yardstick_ms"]) >= harness.LEAST_ROUNDS
+    assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_cases_that_pass_their_check(op: str):
+    chosen = ["--quick", "--device", "cpu", "--dtypes", "float32"]
+    found = list(OPS[op].cases(arguments.start(OPS[op].parser(), chosen)))
+    for made in found[:2]:
+        ours = made.variants["fastppo"]
+        assert isinstance(ours, harness.Variant) and harness.check(ours, made) <= made.tolerance
+        assert made.num_bytes > 0 and made.tokens > 0
+
+
+@pytest.mark.parametrize(("shape", "count"), PARAMETERS.items())
+def test_shapes_are_those_of_the_checkpoints(shape: str, count: int):
+    assert shapes.num_parameters(shapes.config_of(shape)) == count
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_parameters_are_counted_as_the_model_has_them(shape: str):
+    small = {"vocab_size": 96, "num_hidden_layers": 2, "hidden_size": 56, "intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14}
+    config = shapes.config_of(shape, **small, **(heads if shape.startswith("llama") else dict(list(heads.items())[:2])))
+    assert shapes.num_parameters(config) == sum(p.numel() for p in models.new_causal_lm(config).parameters())
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(InputError, match="no shape 'qwen9': there are llama-3.1-8b"):
+        shapes.config_of("qwen9")
+
+
+@pytest.mark.parametrize("kind", lengths.LENGTHS)
+@pytest.mark.parametrize(("count", "mean"), [(64, 48), (5, 1), (3, 7), (512, 512)])
+def test_every_distribution_of_lengths_holds_the_same_tokens(kind: str, count: int, mean: int):
+    found = lengths.lengths(kind, count, mean, torch.Generator().manual_seed(0))
+    assert len(found) == count and sum(found) == count * mean and min(found) >= 1
+    assert max(found) <= lengths.LONGEST * mean
+    if count > 64 and kind == "long-tailed":
+        assert max(found) > 4 * mean and sorted(found)[count // 2] < 0.8 * mean
+
+
+def test_operations_are_those_that_pytorch_counts():
+    """Of a forward of one sequence with every row through the head, but for the causal half of attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    config = shapes.config_of("tiny", vocab_size=512)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    sizes, n = work.Sizes.of(model), 33
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, n, dtype=torch.int64))
+    half = 4 * config.num_hidden_layers * config.hidden_size * (n * n - n * (n + 1) / 2)
+    norms = 2 * n * sum(p.numel() for name, p in model.named_parameters() if "norm" in name or "bias" in name)
+    assert sizes.forward([n], n) == pytest.approx(counter.get_total_flops() - half + norms)
+
+
+def test_a_phase_inside_another_counts_once(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("fastppo.bench.clock.time.perf_counter", lambda: now[0])
+
+    class Owner:
+        def forward(self, x: int) -> int:
+            now[0] += 5
+            return x
+
+    owner, clock = Owner(), Clock("cpu")
+    clock.around(owner, "forward", lambda x: f"forward{x}")
+    with clock("outer"):
+        now[0] += 1
+        assert [owner.forward(i) for i in (1, 2, 1)] == [1, 2, 1]
+        now[0] += 2
+    now[0] += 100
+    with clock("outer"):
+        now[0] += 4
+    assert clock.seconds == {"outer": 7.0, "forward1": 10.0, "forward2": 5.0}
+
+
+def test_an_iteration_is_measured_phase_by_phase(tmp_path: Path, capsys):
+    out = tmp_path / "step.jsonl"
+    argv = ["step", "--quick", "--device", "cpu", "--threads", "1", "--sweep", "skew", "--out", str(out)]
+    assert bench(argv) == 0
+    lines = records.read(out)
+    by_lengths = {kind: [r for r in lines if r["setting"]["lengths"] == kind] for kind in lengths.LENGTHS}
+    for kind, found in by_lengths.items():
+        timed = {r["op"]: r for r in found if "skipped" not in r}
+        assert list(timed) == ["rollout", "reward", "reference", "values", "advantages", "update", "iteration"]
+        phases = [timed[p]["rounds_ms"] for p in list(timed)[:-1]]
+        assert [sum(r) for r in zip(*phases, strict=True)] == pytest.approx(timed["iteration"]["rounds_ms"], rel=5e-3)
+        assert timed["update"]["least_flops"] == pytest.approx(
+            6 * (timed["reference"]["least_flops"] + timed["values"]["least_flops"]), rel=1e-3
+        )
+        assert all(r["peak_mb"] > 0 for r in timed.values())
+        assert ("times_fixed" in timed["update"]) == (kind != "fixed")
+        assert [r["skipped"] for r in found if "skipped" in r] == ["share = 'lora' is not in this version of fastppo"]
+    assert "x fixed" in capsys.readouterr().out
+
+
+def test_an_update_that_did_not_do_its_steps_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    stats = {"val/ratio_max_first": 1.5, "policy/steps": 4.0}
+    monkeypatch.setattr(step, "iterate", lambda *_: stats)
+    chosen = settings(parser(None).parse_args(["--training", "full"]))[0]
+    made, rewards = step.build(chosen, "cpu", 0)
+    with pytest.raises(ValueError, match=r"not timed: 4 optimizer steps, and a ratio of 1\.5"):
+        step.checked(made, rewards, step.batch_of(chosen, 0)[0], chosen, "cpu")
+
+
+def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(step, "memory_bytes", lambda device: 24 * 2**30)
+    (chosen,) = settings(parser(None).parse_args(["--training", "full", "--shape", "qwen2.5-7b"]))
+    why = step.cannot(chosen, "cpu")
+    assert why is not None and why.endswith("of 24 GiB")
+    (line,) = step.skipped([chosen], why)
+    assert line["op"] == "iteration" and line["skipped"] == why
+
+
+def test_pictures_are_well_formed():
+    import xml.etree.ElementTree as ET
+
+    here: dict[str, Any] = {f"matmul_{t}_gflop_per_s": 100.0 for t in ("float32", "bfloat16")} | {"copy_gb_per_s": 20.0}
+    line = record("a<b", [1.0]) | {"least_flops": 1e9, "least_bytes": 1e7, "gflop_per_s": 50.0}
+    points = ET.fromstring(pictures.roofline([line], here)).findall(".//{http://www.w3.org/2000/svg}circle")
+    assert len(points) == 1 and points[0][0].text == "a<b R=4: 50 GFLOP/s"
+    bars = [record(op, [3.0]) for op in ("rollout", "update")]
+    assert len(ET.fromstring(pictures.phase_bars(bars, step.PHASES))) == 1 + 2 * 7 + 1 + 7 + 1
+
+
+def test_the_committed_page_and_pictures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    made = pages.pages(Path("bench/results"), Path("docs/benchmarks.md"))
+    stale = [str(path) for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text]
+    assert stale == [], "run `fastppo bench report`"
+    assert {str(p) for p in Path("bench/results").glob("*.svg")} == {str(p) for p in made if p.suffix == ".svg"}
+
+
+def test_a_page_has_a_table_for_what_was_timed_and_a_reason_for_what_was_not(tmp_path: Path):
+    here = {"device": "A GPU", "threads": 1, "commit": "abc", "versions": {"torch": "2.13"}, "copy_gb_per_s": 10.0}
+    lines = [record("a", [1.0]), record("a", [2.0], variant="peer")]
+    lines = [line | {"machine": here, "median_ms": 1.5} for line in lines] + [
+        {"suite": "kernels", "op": "a", "setting": {"R": 4}, "variant": "absent", "skipped": "no", "machine": here}
+    ]
+    written(tmp_path / "results" / "x.jsonl", [*lines, lines[0] | {"median_ms": 9.25}])
+    (text,) = pages.pages(tmp_path / "results", tmp_path / "docs" / "page.md").values()
+    assert "## A GPU" in text and "absent: not timed, no" in text and "torch 2.13" in text
+    assert "| fastppo | 9.25 |  |" in text and "1.5" in text and text.count("| fastppo |") == 1  # the last one counts
+
+
+def test_records_are_json_without_nan():
+    made = records.numbers([0.1, 0.2], records.Work(1e6), "cpu") | records.shortened({"cpu_ms": math.nan})
+    assert "NaN" not in json.dumps(made, allow_nan=False)
