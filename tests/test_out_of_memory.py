@@ -1,5 +1,6 @@
 """Where memory runs out, the same step is made again in smaller portions, and comes out the same."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from batches import LENGTHS, SCORES, assert_same_numbers, bfloat16, engine, larg
 from fastppo import PPOEngine, models
 from fastppo.batch import Sampling
 from fastppo.cli import main
+from fastppo.memory.ledger import Ledger
 from fastppo.out_of_memory import OutOfMemory, is_out_of_memory
 from fastppo.resume import LATEST
 from fastppo.rollout.decoder import Decoder
@@ -254,3 +256,18 @@ def test_the_steady_state_never_empties_the_cache(monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         iteration(made)
     made.generate(prompts())
+
+
+def test_keys_and_values_are_gone_as_soon_as_a_rollout_is() -> None:
+    """Without a collection of cycles: else they would lie in memory beside the update, and beside a second attempt."""
+    made = EmbeddedEngine(tiny.policy())
+    gc.collect()
+    gc.disable()
+    try:
+        with Ledger() as ledger:
+            rollout = made.generate(prompts(), Sampling(max_new_tokens=9))
+            left = ledger.live.total()
+    finally:
+        gc.enable()
+    held = sum(x.untyped_storage().nbytes() for x in vars(rollout).values() if isinstance(x, torch.Tensor))
+    assert left <= held + 100 < ledger.peak.total() / 4

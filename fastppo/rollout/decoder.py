@@ -1,7 +1,8 @@
 """How the embedded engine samples: requests that wait, rows that run, and what was drawn."""
 
 import bisect
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -49,7 +50,8 @@ class Decoder:
         self.policy, self.capacity, self.eos_token_ids = policy, capacity, tuple(eos_token_ids)
         self.kv, self.spare = KVRows(capacity.rows, capacity.positions), capacity.requests
         self.fixed_shapes = cuda_graphs and policy.device.type == "cuda"
-        self.steps = Steps(self._advance, record=self.fixed_shapes)
+        advance = weakref.WeakMethod(self._advance)  # no cycle: keys and values go with their last user
+        self.steps = Steps(lambda *args: _called(advance, *args), record=self.fixed_shapes)
         self.stops: dict[Sampling, tuple[Tensor, ...]] = {}
         integers: dict[str, Any] = {"dtype": torch.int64, "device": policy.device}
         # By request:
@@ -227,3 +229,9 @@ def uniforms(prompts: Prompts, samples_per_prompt: int, count: int, seed: int) -
         generator.manual_seed(number)
         rows.append(torch.rand(count, generator=generator))
     return torch.stack(rows)
+
+
+def _called(method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
+    bound = method()
+    assert bound is not None, "steps do not outlive their decoder"
+    return bound(*args)
