@@ -49,6 +49,10 @@ class Sampling:
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         require(self.samples_per_prompt > 0, f"samples_per_prompt must be > 0, got {self.samples_per_prompt}")
 
+    def seeded(self, generator: torch.Generator) -> "Sampling":
+        """With a seed: its own, else one drawn from `generator`."""
+        return self if self.seed is not None else replace(self, seed=int(torch.randint(2**31, (), generator=generator)))
+
     @property
     def truncated(self) -> bool:
         """Whether tokens are cut off the distribution, so that the sampler's log-probs are not the policy's."""

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from fastppo import advantages, distributed, models, probe, rewards, score, upda
 from fastppo.advantages import KLController, PenaltyController, RunningMoments
 from fastppo.aggregate import sequence_index
 from fastppo.batch import Experience, Prompts, Rollout, Sampling, cumulative
-from fastppo.checks import require
+from fastppo.checks import RolloutError, require
 from fastppo.config import GROUPED, OptimizerConfig, PPOConfig, RolloutConfig
 from fastppo.experience_metrics import experience_metrics
 from fastppo.left_out import only_scored
@@ -85,16 +84,14 @@ class PPOEngine:
 
         `on_finish` is told of each response as it ends, in the thread that samples, if the engine knows how to.
         """
-        sampling = self.seeded(sampling or self.sampling)
+        sampling = (sampling or self.sampling).seeded(self.generator)  # so no engine has a generator to lose
         takes = "on_finish" in inspect.signature(self.rollout_engine.generate).parameters
         told: dict[str, Any] = {"on_finish": on_finish} if takes and on_finish is not None else {}
-        return self.rollout_engine.generate(prompts, sampling, **told)
-
-    def seeded(self, sampling: Sampling) -> Sampling:
-        """With a seed, drawn here where it has none, so that an engine of any kind has no generator to lose."""
-        if sampling.seed is not None:
-            return sampling
-        return dataclasses.replace(sampling, seed=int(torch.randint(2**31, (), generator=self.generator)))
+        rollout = self.rollout_engine.generate(prompts, sampling, **told)
+        asked = len(prompts) * sampling.samples_per_prompt
+        if len(rollout) != asked:
+            raise RolloutError(f"the rollout engine answered {len(rollout)} of {asked} requests: none may be dropped")
+        return rollout
 
     def probe(self, prompts: Prompts) -> Gap:
         """Sample a few short responses now and compare their log-probs with the policy's.
@@ -335,9 +332,7 @@ class PPOEngine:
             role.next_iteration()
         metrics |= self._portions()
         self.version += 1
-        start = time.perf_counter()
         self.rollout_engine.sync_weights(self.policy, self.version)
-        metrics["time/sync"] = time.perf_counter() - start
 
 
 def _as_scores(scores: Tensor | SampleScores, rollout: Rollout) -> Scores:

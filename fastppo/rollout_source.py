@@ -70,7 +70,7 @@ class RolloutSource:
             raise
 
     def _begin(self, prompts: Prompts) -> "Future[Sampled]":
-        sampling = self.engine.seeded(self.engine.sampling)  # here: the update draws from that generator too
+        sampling = self.engine.sampling.seeded(self.engine.generator)  # here: the update draws from that generator too
         future: Future[Sampled] = Future()
 
         def run() -> None:

@@ -9,9 +9,10 @@ import torch
 from transformers import Gemma3TextConfig, MistralConfig
 
 import tiny
-from batches import prompts
+from batches import engine, prompts
 from fastppo import Prompts, Rollout, Sampling, models
 from fastppo.attention import PACKED
+from fastppo.checks import RolloutError
 from fastppo.data import select
 from fastppo.rollout import EmbeddedEngine, decoder, graphs
 from fastppo.score import action_logprobs
@@ -169,9 +170,9 @@ def test_rows_and_order_change_nothing_that_is_drawn(architecture: str) -> None:
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
     made = responses(sampler(architecture).generate(given, sampling))
     for max_rows in (1, 7):
-        engine = sampler(architecture, max_rows=max_rows)
-        assert responses(engine.generate(given, sampling)) == made
-        assert responses(engine.generate(select(given, order), sampling)) == [made[i] for i in order]
+        narrow = sampler(architecture, max_rows=max_rows)
+        assert responses(narrow.generate(given, sampling)) == made
+        assert responses(narrow.generate(select(given, order), sampling)) == [made[i] for i in order]
 
 
 def test_a_prompt_that_occurs_twice_is_answered_twice() -> None:
@@ -255,6 +256,15 @@ def test_a_prefill_is_cut_at_its_budget(monkeypatch: pytest.MonkeyPatch) -> None
     whole = responses(sampler().generate(given, sampling))
     monkeypatch.setattr(decoder, "PREFILL_TOKENS", 10)
     assert responses(sampler().generate(given, sampling)) == whole
+
+
+def test_a_request_that_an_engine_drops_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine()
+    whole = made.rollout_engine.generate
+    drops = lambda given, sampling: whole(select(given, range(1, len(given))), sampling)  # noqa: E731
+    monkeypatch.setattr(made.rollout_engine, "generate", drops)
+    with pytest.raises(RolloutError, match="answered 7 of 8 requests: none may be dropped"):
+        made.generate(prompts(8))
 
 
 @pytest.mark.parametrize("keep_memory", [False, True])

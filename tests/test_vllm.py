@@ -20,6 +20,7 @@ from fastppo.checks import RolloutError
 from fastppo.config import VLLMConfig
 from fastppo.data import select
 from fastppo.rollout import VLLMEngine, vllm, weights
+from fastppo.rollout import vllm_server as vllm_server_module
 from fastppo.rollout.vllm_command import described, shell, start_command
 from fastppo.score import action_logprobs
 from vllm_protocol import Server, vllm_server_fixture  # noqa: F401
@@ -193,14 +194,17 @@ def test_an_update_that_a_dead_trainer_left_open_is_closed(vllm_server: Serve, t
     assert gap(made, made.generate(prompts(6), DRAWN)) <= 1e-5
 
 
-def test_the_prefix_cache_is_reset_or_the_run_stops(vllm_server: Serve, tmp_path: Path) -> None:
+def test_the_prefix_cache_is_reset_or_the_run_stops(
+    vllm_server: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server_module, "CACHE_TRIES", 4)
     server = vllm_server(cache_busy=3)
     made = sampler(tmp_path, server, retries=0)
     made.generate(prompts(2), DRAWN)
     assert server.calls.count("/reset_prefix_cache") == 4
     server.cache_busy = 10**6
     made.sync_weights(made.policy, 1)
-    with pytest.raises(RolloutError, match="failed 1 times; .* did not reset its prefix cache in 20 tries"):
+    with pytest.raises(RolloutError, match="failed 1 times; .* did not reset its prefix cache in 4 tries"):
         made.generate(prompts(2), DRAWN)
 
 

@@ -60,8 +60,8 @@ class Server:
                 raise ConnectionAbortedError("sampling was stopped")
             sent = b"" if body is None else json.dumps(body).encode()
             connection.request(method, where.path + path, sent, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            status, answer = response.status, response.read()
+            with connection.getresponse() as response:
+                status, answer = response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"{self.url}: {type(error).__name__}: {error}") from error
         finally:
