@@ -41,7 +41,11 @@ def child(path: str) -> None:
         say("written")
 
     checkpoint.write = announced
-    trainer.PhaseTimer = lambda announce: PhaseTimer(lambda phase: (announce(phase), say(phase))[0])  # pyright: ignore
+
+    def timer(announce: Any, *rest: Any) -> PhaseTimer:
+        return PhaseTimer(lambda phase: (announce(phase), say(phase))[0], *rest)
+
+    trainer.PhaseTimer = timer  # pyright: ignore
     cli.main(["train", path, "--resume"])
 
 
