@@ -89,9 +89,9 @@ sanitizer() { # reads and writes out of bounds; then threads that race for share
     done
 }
 
-memory() { # file
+memory() { # one case: the planner and what the allocator says
     [[ -f bench/bench_memory.py ]] || { echo "skipped: this commit has no memory planner"; return 0; }
-    "$PYTHON" bench/bench_memory.py plan --out "$1"
+    "$PYTHON" bench/bench_memory.py plan --only full --out "$logs/memory.jsonl"
 }
 export -f beside laws tests sanitizer memory
 
@@ -101,7 +101,7 @@ part kernels 150 "$PYTHON" -m fastppo bench kernels "${quick[@]}" "${ops[@]}" --
 part step 75 "$PYTHON" -m fastppo bench step "${quick[@]}" --rounds 3 --out "$out/$slug-step.jsonl"
 part determinism 25 "$PYTHON" -m pytest tests/gpu -q -W default -p no:cacheprovider -k hundred
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 60 bash -c sanitizer
-part memory 20 bash -c 'memory "$0"' "$out/$slug-memory.jsonl"
+part memory 20 bash -c memory
 part rollout 35 "$PYTHON" -m fastppo bench rollout "${quick[@]}" "${models[@]}" --seconds 2 --out "$out/$slug-rollout.jsonl"
 printf '\n[%4d s] %s\n' "$SECONDS" "$([[ $failed == 0 ]] && echo "all parts ran" || echo "see $logs")"
 exit $failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,10 @@ def planned(run: RunConfig) -> Plan:
     return make_plan(setting_of(run, torch.device("cpu")))
 
 
-def build(run: RunConfig, case: Case) -> tuple[PPOEngine, WeightedRewards]:
+def build(run: RunConfig, case: Case, device: str = "cpu") -> tuple[PPOEngine, WeightedRewards]:
     """The four models, with random weights."""
     checkpointing = run.policy.gradient_checkpointing
-    policy = models.new_causal_lm(shape(case), run.policy.dtype)
+    policy = models.to_device(models.new_causal_lm(shape(case), run.policy.dtype), torch.device(device))
     policy = models.prepare_policy(policy, gradient_checkpointing=checkpointing)
     reward = RewardModel(models.frozen(models.reward_model_from(policy)))
     policy = models.adapt(policy, run.memory) if case.share == "lora" else policy
@@ -111,7 +112,7 @@ def build(run: RunConfig, case: Case) -> tuple[PPOEngine, WeightedRewards]:
 
 def measured(run: RunConfig, case: Case) -> dict[str, Use]:
     """By phase: what PyTorch's CPU allocator had handed out."""
-    prompts = Prompts(token_ids=tuple(tuple(range(i, i + PROMPT_TOKENS)) for i in range(run.rollout.num_prompts)))
+    prompts = prompts_of(run)
     with MemoryProfile() as profile:
         with profile.phase("load"):
             engine, rewards = build(run, case)
@@ -125,3 +126,38 @@ def measured(run: RunConfig, case: Case) -> dict[str, Use]:
             with profile.phase("update"):
                 engine.update(experience)
     return profile.phases
+
+
+def measured_on_gpu(run: RunConfig, case: Case) -> dict[str, int]:
+    """The largest max_memory_allocated of each phase of two iterations."""
+    peaks: dict[str, int] = {}
+    engine, rewards = build(run, case, "cuda")
+    for _ in range(2):
+        rollout = _peak_of("rollout", peaks, lambda: engine.generate(prompts_of(run)))
+        scores = _peak_of("reward", peaks, lambda rollout=rollout: rewards(rollout))
+        experience = _peak_of("score", peaks, lambda r=rollout, s=scores: engine.score(r, s))
+        _peak_of("update", peaks, lambda experience=experience: engine.update(experience))
+    return peaks
+
+
+def reserved_on_gpu(run: RunConfig, case: Case, iterations: int) -> list[int]:
+    """Bytes that the caching allocator holds after each iteration."""
+    engine, rewards = build(run, case, "cuda")
+    held = []
+    for _ in range(iterations):
+        rollout = engine.generate(prompts_of(run))
+        engine.update(engine.score(rollout, rewards(rollout)))
+        held.append(torch.cuda.memory_reserved())
+    return held
+
+
+def prompts_of(run: RunConfig) -> Prompts:
+    """As many as an iteration takes, of equal length."""
+    return Prompts(token_ids=tuple(tuple(range(i, i + PROMPT_TOKENS)) for i in range(run.rollout.num_prompts)))
+
+
+def _peak_of(name: str, peaks: dict[str, int], call: Callable[[], Any]) -> Any:
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated())
+    return out

@@ -16,7 +16,8 @@ from fastppo.memory.plan import GIB, Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
 from fastppo.run_file import from_dict
 
-SHAPES = Path(__file__).parent / "shapes"
+SHAPES = Path(__file__).parent.parent / "fastppo" / "bench" / "shapes"
+ALL = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b")
 CARDS = ("24GB", "80GB", "141GB")
 RECOMPUTE = {"gradient_checkpointing": True}
 SMALL_MOMENTS = {"kind": "adamw-8bit"}
@@ -76,10 +77,12 @@ def _plan(shape: str, tables: Tables, card: str, max_tokens: int, *, reward: boo
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=ALL, help="folders of bench/shapes")
+    options = parser.parse_args()
     print("| shape | card | what is trained | reward | setting | GiB | largest parts, GiB |")
     print("|---|---|---|---|---|---|---|")
-    for shape in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b"):
+    for shape in options.shapes:
         for card in CARDS:
             for what, ladder in (("all weights", FULL), ("adapters", LORA)):
                 for reward in (True, False) if shape == "llama-3.1-8b" else (True,):

@@ -71,7 +71,6 @@ def score(run: "Run", rollout: Rollout, early: EarlyScores | None) -> Scores:
     known = None if run.kept is None else run.kept.scores()
     if known is not None and run.kept is not None:
         device = rollout.input_ids.device
-        set_rng(run, run.kept.numbers["rng"])
         tokens = None if known.tokens is None else known.tokens.to(device)
         parts = {name: part.to(device) for name, part in known.parts.items()}
         return Scores(known.sequences.to(device), tokens, parts, {}, known.counts)

@@ -57,12 +57,9 @@ class Trainable:
 
     def _fault(self, loss: float) -> str:
         """What is not finite: the loss, the first tensor of the gradient, or only the norm of all."""
-        for name, weight in self.weights.items():
-            gradient = weight.gradient.grad
-            if gradient is not None and (bad := int((~gradient.isfinite()).sum())):
-                return (
-                    f"{bad} of {gradient.numel()} entries of the gradient of {name!r} are not finite (loss {loss:.3g})"
-                )
+        for name, grad in ((name, weight.gradient.grad) for name, weight in self.weights.items()):
+            if grad is not None and (bad := int((~grad.isfinite()).sum())):
+                return f"{bad} of {grad.numel()} entries of the gradient of {name!r} are not finite (loss {loss:.3g})"
         return f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is beyond float32"
 
     def next_iteration(self) -> None:

@@ -144,9 +144,14 @@ def test_a_reward_server_that_dies_in_a_run_ends_it_saved(serve: Any, tmp_path: 
 
 
 def test_an_answer_that_never_ends_is_given_up(serve: Any, monkeypatch: Any) -> None:
+    import http.client
+
+    read, asked = http.client.HTTPResponse.read, []
     monkeypatch.setattr("fastppo.endpoints.MAX_ANSWER", 100)
+    monkeypatch.setattr(http.client.HTTPResponse, "read", lambda self, n=None: (asked.append(n), read(self, n))[1])
     with pytest.raises(RewardError, match="the answer has more than 100 bytes"):
         HTTPReward(serve({"scores": [1.0] * 50}).url, retries=0)(samples(50))
+    assert asked == [101]
 
 
 def samples(count: int) -> list[Sample]:
@@ -198,6 +203,7 @@ def test_a_nan_leaves_the_policy_as_it_is_and_is_named(where: str, named: str, m
     monkeypatch.undo()
     made.policy.get_parameter("model.layers.1.mlp.up_proj.weight")._backward_hooks = None
     assert made.update(made.score(trajectories(), SCORES))["policy/steps"] == 2.0 and made.skipped() == {}
+    assert made.state()["roles"]["policy"] == [2, 2, 0]  # iterations, skipped steps, of these in a row
     assert all(bool(p.isfinite().all()) for p in made.policy.parameters())
 
 

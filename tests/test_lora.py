@@ -101,17 +101,15 @@ def test_the_reference_is_the_base_bit_for_bit(architecture: str, checkpointing:
     assert not torch.equal(logprobs(made.policy), expected)
 
 
-@pytest.mark.parametrize(
-    "ppo",
-    [
-        {"num_epochs": 2, "num_minibatches": 2},
-        {"kl_in": "loss", "kl_estimator": "k3", "truncation": "bootstrap"},
-        {"num_epochs": 4, "target_kl": 1e-5, "roll_back": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_step_is_that_of_separate_copies(architecture: str, ppo: dict[str, Any]) -> None:
+CASES: dict[str, dict[str, Any]] = {
+    "minibatches": {"num_epochs": 2, "num_minibatches": 2},
+    "kl in the loss": {"kl_in": "loss", "kl_estimator": "k3", "truncation": "bootstrap"},
+    "roll-back": {"num_epochs": 4, "target_kl": 1e-5, "roll_back": True},
+}
+
+
+@pytest.mark.parametrize(("architecture", "case"), [*(("llama", case) for case in CASES), ("gpt2", "minibatches")])
+def test_a_step_is_that_of_separate_copies(architecture: str, case: str) -> None:
     ends = []
     for separate in (False, True):
         policy = adapted(architecture)
@@ -119,14 +117,14 @@ def test_a_step_is_that_of_separate_copies(architecture: str, ppo: dict[str, Any
         if separate:
             policy, critic, reference = (copy.deepcopy(model) for model in (policy, critic, reference))
             assert resident_bytes(policy, critic) > 1.9 * resident_bytes(policy)
-        made = engine(policy, critic=critic, reference=reference, ppo=ppo)
+        made = engine(policy, critic=critic, reference=reference, ppo=CASES[case])
         logged = [step(made, seed) for seed in range(2)]
         ends.append((weights(made.policy), weights(made.critic), logged))
     assert largest_gap(ends[0][0], ends[1][0]) <= 1e-5 and largest_gap(ends[0][1], ends[1][1]) <= 1e-5
     for one, other in zip(ends[0][2], ends[1][2], strict=True):
         assert_same_numbers(one, other, 1e-5)
     moved = weights(models.critic_from(adapted(architecture)))
-    assert largest_gap(moved, ends[0][1]) > 1e-4 and ends[0][2][1]["policy/early_stop"] == float("roll_back" in ppo)
+    assert largest_gap(moved, ends[0][1]) > 1e-4 and ends[0][2][1]["policy/early_stop"] == float(case == "roll-back")
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -158,6 +156,14 @@ def test_forwards_and_backwards_of_roles_may_interleave(order: tuple[int, ...]) 
     torch.stack([models.hidden_states(m, batch).square().sum() for m in (policy, critic)]).sum().backward()
     for model, gradient in zip((policy, critic), expected, strict=True):
         assert len(gradient) == 28 and largest_gap(gradients(model), gradient) <= 1e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_role_recomputes_or_not_as_it_is_told(recompute: bool) -> None:
+    policy = adapted(gradient_checkpointing=not recompute)
+    critic = models.critic_from(policy, gradient_checkpointing=recompute)
+    for model, wanted in ((policy, not recompute), (critic, recompute)):
+        assert {m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")} == {wanted}
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")

@@ -127,7 +127,7 @@ def test_mutated_run_files_and_damaged_checkpoints_are_said_in_one_line() -> Non
 
 
 @pytest.mark.slow
-def test_three_hundred_iterations_take_no_more_memory_and_files_than_fifty() -> None:
+def test_memory_and_open_files_of_three_hundred_iterations_do_not_grow() -> None:
     script("flat_memory.py", "--steps", "300")
 
 

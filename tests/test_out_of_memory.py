@@ -85,6 +85,23 @@ def test_an_update_that_ran_out_of_memory_ends_where_the_undisturbed_one_does(
     )
 
 
+def test_a_gradient_that_was_not_handed_to_its_master_is_not_counted_twice() -> None:
+    """Memory may run out between a bfloat16 gradient's making and its adding up in float32."""
+    policies = [bfloat16(tiny.policy()) for _ in range(2)]
+    left = [1]
+
+    def fail_once(_: Any) -> None:
+        if left:
+            left.pop()
+            _fail()
+
+    policies[1].get_parameter("model.layers.1.mlp.up_proj.weight").register_post_accumulate_grad_hook(fail_once)
+    made = [engine(policy, ppo=PPO) for policy in policies]
+    norms = [iteration(one)["policy/grad_norm"] for one in made]
+    assert not left and made[1].budget.failures == 1
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)
+
+
 def test_scores_are_the_same_where_scoring_ran_out_of_memory(fails: Callable[..., list[int]]) -> None:
     expected = trained().score(trajectories(), SCORES)
     fails(lambda call, tokens: tokens > TOTAL // 4)

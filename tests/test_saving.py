@@ -26,17 +26,23 @@ def full(*_: Any) -> None:
 
 def test_a_checkpoint_holds_the_state_it_was_taken_of(tmp_path: Path, monkeypatch: Any) -> None:
     """However late the thread writes it while training goes on: bit for bit what is written when training waits."""
-    slow, written = checkpoint.write, threading.Event()
+    write, update, trained = checkpoint.write, PPOEngine.update, threading.Semaphore(0)
 
-    def late(*args: Any) -> None:
-        time.sleep(0.2)
-        slow(*args)
-        written.set()
+    def late(folder: Path, *args: Any) -> None:
+        if folder.name in ("step-000002", "step-000004"):
+            assert trained.acquire(timeout=60)  # another iteration changed the weights
+        write(folder, *args)
+
+    def told(engine: PPOEngine, experience: Any) -> Any:
+        stats = update(engine, experience)
+        if engine.iteration in (3, 5):
+            trained.release()
+        return stats
 
     waits = train(config(tmp_path, out=str(tmp_path / "waits"), train={"async_save": False}))
     monkeypatch.setattr(checkpoint, "write", late)
+    monkeypatch.setattr(PPOEngine, "update", told)
     aside = train(config(tmp_path, out=str(tmp_path / "aside"), train={"async_save": True}))
-    assert written.is_set()
     for name in ("step-000002", "step-000004", "final"):
         for file in ("state.safetensors", "policy/model.safetensors", "critic/model.safetensors"):
             a, b = (load_file(folder / "checkpoints" / name / file) for folder in (waits, aside))
@@ -136,9 +142,9 @@ def counted(monkeypatch: Any) -> list[int]:
     """How many training rollouts were drawn."""
     drawn, generate = [], PPOEngine.generate
 
-    def count(engine: PPOEngine, prompts: Any, sampling: Any = None) -> Any:
+    def count(engine: PPOEngine, prompts: Any, sampling: Any = None, *rest: Any) -> Any:
         drawn.extend([engine.iteration] * (sampling is None))
-        return generate(engine, prompts, sampling)
+        return generate(engine, prompts, sampling, *rest)
 
     monkeypatch.setattr(PPOEngine, "generate", count)
     return drawn
@@ -204,7 +210,7 @@ def test_a_kept_rollout_holds_everything(tmp_path: Path) -> None:
     drawn = made.generate(prompts(4))
     scores = Scores(torch.randn(8), torch.randn(int(drawn.loss_mask.sum())), {"a": torch.randn(8)}, {}, {"n": 2.0})
     config = SimpleNamespace(train=SimpleNamespace(keep_rollouts=True))
-    state = {"saved": True, "kept": None, "boundary": {"id": "x"}}
+    state = {"saved": True, "kept": None, "boundary": {"id": "x"}, "rollouts": SimpleNamespace(is_ahead=False)}
     run: Any = SimpleNamespace(folder=tmp_path, engine=made, config=config, **state)
     kept_rollout._keep(run, drawn, scores)
     found = kept_rollout.find(run)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import statistics
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from fastppo.bench.machine import machine, seconds_per_call, yardstick
 from fastppo.bench.records import OURS, Record
 from fastppo.bench.shapes import config_of, num_parameters
 from fastppo.bench.step_settings import Setting, parser, settings
+from fastppo.config_memory import MemoryConfig
 
 PHASES = ("rollout", "reward", "logprobs", "reference", "values", "advantages", "update")
 LARGEST_RATIO = {"float32": 1.01, "bfloat16": 1.2}  # of the policy to itself before the first step
@@ -60,15 +62,16 @@ def run(options: argparse.Namespace) -> list[Record]:
 
 def cannot(setting: Setting, device: str) -> str | None:
     """Why a setting is not tried."""
-    if setting.training == "lora":
-        return "share = 'lora' is not in this version of fastppo"
+    if setting.training == "lora" and importlib.util.find_spec("peft") is None:
+        return "memory.share = 'lora' needs the package peft: pip install 'fastppo[lora]'"
     count = num_parameters(config_of(setting.shape, vocab_size=setting.vocab_size))
     size = 4 if setting.dtype == "float32" else 2
-    needed = count * (2 * (size + (12 if size == 4 else 16)) + 2 * size)  # two that learn, with masters; two frozen
+    learns = size + (12 if size == 4 else 16)  # gradient, moments, and masters of bfloat16
+    needed = count * (2 * size if setting.training == "lora" else 2 * learns + 2 * size)
     there = memory_bytes(device)
     if needed <= there:
         return None
-    return f"weights, gradients and Adam's moments of four models take {needed / 2**30:.0f} of {there / 2**30:.0f} GiB"
+    return f"weights, gradients and Adam's moments of all models take {needed / 2**30:.0f} of {there / 2**30:.0f} GiB"
 
 
 def memory_bytes(device: str) -> int:
@@ -86,12 +89,15 @@ def head(setting: Setting, op: str) -> Record:
     return {"suite": "step", "op": op, "setting": asdict(setting), "variant": OURS}
 
 
-def build(setting: Setting, device: str, seed: int) -> tuple[PPOEngine, WeightedRewards]:
-    """Policy, reference, critic and reward model with random weights."""
+def build(setting: Setting, device: str, seed: int) -> tuple[PPOEngine, WeightedRewards, work.Sizes]:
+    """Policy, reference, critic and reward model with random weights; LoRA: the first three share theirs."""
     torch.manual_seed(seed)
     with torch.device(device):
         policy = models.new_causal_lm(config_of(setting.shape, vocab_size=setting.vocab_size), setting.dtype)
     policy = models.prepare_policy(policy)
+    reward, sizes = RewardModel(models.frozen(models.reward_model_from(policy))), work.Sizes.of(policy)
+    if setting.training == "lora":
+        policy = models.adapt(policy, MemoryConfig(share="lora"), seed=seed)
     optimizer = OptimizerConfig(lr=1e-6, schedule="constant")
     engine = PPOEngine(
         policy,
@@ -106,8 +112,7 @@ def build(setting: Setting, device: str, seed: int) -> tuple[PPOEngine, Weighted
         critic_optimizer=optimizer,
         seed=seed,
     )
-    reward = RewardModel(models.frozen(models.reward_model_from(policy)))
-    return engine, WeightedRewards([reward])
+    return engine, WeightedRewards([reward]), sizes
 
 
 def batch_of(setting: Setting, seed: int) -> tuple[Prompts, work.Batch]:
@@ -145,7 +150,7 @@ def measure(chosen: list[Setting], options: argparse.Namespace) -> list[Record]:
     Raises:
         ValueError: an iteration did not do what it should; nothing was timed.
     """
-    engine, rewards = build(chosen[0], options.device, options.seed)
+    engine, rewards, sizes = build(chosen[0], options.device, options.seed)
     batches = {setting: batch_of(setting, options.seed) for setting in chosen}
     peaks = {s: checked(engine, rewards, batches[s][0], s, options.device) for s in chosen}
     times: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in chosen}
@@ -159,7 +164,7 @@ def measure(chosen: list[Setting], options: argparse.Namespace) -> list[Record]:
             timed_inside(engine, clock)
             iterate(engine, rewards, batches[setting][0], clock)
             times[setting].append(clock.seconds)
-    sizes, state = work.Sizes.of(engine.policy), work.step_bytes(role for _, role in engine._roles())
+    state = work.step_bytes(role for _, role in engine._roles())
     lines = [
         line
         for s in chosen
@@ -195,6 +200,7 @@ def phase_records(
     """A record for each phase that ran, and one for the iteration."""
     dtype = torch.float32 if device == "cpu" else sizes.dtype
     options: dict[str, Any] = {"epochs": setting.epochs, "minibatches": setting.minibatches, "state_bytes": state}
+    options["trains_base"] = setting.training == "full"
     parts = work.phases(sizes, batch, dtype, rows=min(512, setting.prompts), **options)
     ran = [phase for phase in PHASES if phase in rounds[0]]
     parts["iteration"] = work.together((parts[phase] for phase in ran), batch.tokens)

@@ -80,7 +80,15 @@ class Batch:
 
 
 def phases(
-    sizes: Sizes, batch: Batch, dtype: torch.dtype, *, epochs: int, minibatches: int, rows: int, state_bytes: float
+    sizes: Sizes,
+    batch: Batch,
+    dtype: torch.dtype,
+    *,
+    epochs: int,
+    minibatches: int,
+    rows: int,
+    state_bytes: float,
+    trains_base: bool = True,
 ) -> dict[str, Work]:
     """The work of each phase.
 
@@ -88,6 +96,7 @@ def phases(
         dtype: that weights are multiplied in; a CPU multiplies bfloat16 in float32.
         rows: sequences decoded at a time.
         state_bytes: that one optimizer step of policy and critic must move; see `step_bytes`.
+        trains_base: False for LoRA, whose backward makes no gradient of the weights: as much again as the forward.
     """
     scoring, valuing = sizes.forward(batch.totals, batch.actions), sizes.forward(batch.totals, 0)
     steps = max(max(batch.responses), batch.actions / rows)
@@ -101,7 +110,10 @@ def phases(
         "values": Work(sizes.weight_bytes(False), valuing, dtype, batch.tokens),
         "advantages": Work(21.0 * batch.actions, 0.0, dtype, batch.tokens),
         "update": Work(
-            epochs * minibatches * state_bytes, 3.0 * epochs * (scoring + valuing), dtype, epochs * batch.tokens
+            epochs * minibatches * state_bytes,
+            (3.0 if trains_base else 2.0) * epochs * (scoring + valuing),
+            dtype,
+            epochs * batch.tokens,
         ),
     }
 
