@@ -208,8 +208,8 @@ def test_the_script_trains_with_a_reward_of_the_folder_it_is_started_in(tmp_path
     assert (done.returncode, runs.own(done.stderr)) == (0, "")
     before, step, after = runs.rows(tmp_path / "mine" / "metrics.jsonl")
     assert "reward/characters" in step
-    named, line, *end = done.stdout.splitlines()
-    assert named == "runs foreign code: my_rewards:score"
+    planned, named, line, *end = done.stdout.splitlines()
+    assert planned.startswith("memory: at most ") and named == "runs foreign code: my_rewards:score"
     assert line.startswith("ppo 1/1  reward ")
     scores = f"{before['eval/scores']:.3f} (iteration 0) -> {after['eval/scores']:.3f} (iteration 1)"
     assert end == [f"held-out score: {scores}", "run folder: mine"]

@@ -255,7 +255,9 @@ def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
     ranks = [start(path, "--train.save-every", "2", **world, RANK=str(rank)) for rank in range(2)]
     outputs = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert outputs[1][0] == "" and outputs[0][0].count("\n") == 6  # whose code runs, three iterations, and how it ended
+    assert (
+        outputs[1][0] == "" and outputs[0][0].count("\n") == 7
+    )  # the plan, whose code runs, three iterations, the end
     folder = tmp_path / "run"
     assert [(row["step"], row["episode"]) for row in iterations(folder)] == [(1, 4), (2, 8), (3, 12)]
     assert [row["step"] for row in evaluations(folder)] == [0, 2, 3]
