@@ -73,6 +73,10 @@ class RolloutConfig:
         require_positive("rollout", self, "temperature", "max_rows", "kv_gib", "gap_stop", "gap_correct")
         require(all(self.stop_sequences), f"a stop sequence has at least one token, got {self.stop_sequences}")
         require(
+            not (self.one_step_off and self.vllm.sleep),
+            "rollout.one_step_off samples during the update, when servers with rollout.vllm.sleep sleep: choose one",
+        )
+        require(
             not self.one_step_off or self.engine == "vllm",
             f"rollout.one_step_off samples while the policy changes, which only servers can: engine must be 'vllm', "
             f"got {self.engine!r}",

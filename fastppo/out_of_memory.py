@@ -15,6 +15,8 @@ SIGNS = (  # what a RuntimeError says that is an allocation which failed
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
 )
 
 

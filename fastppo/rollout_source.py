@@ -30,6 +30,7 @@ class RolloutSource:
         self.total_steps, self.is_ahead = total_steps, ahead
         self.metrics: dict[str, float] = {}  # of the last weights the servers got
         self._pending: Future[Sampled] | None = None
+        self._listening: list[EarlyScores | None] = []
         self._unused = 0  # prompts of a rollout that has begun and was not handed out
 
     @property
@@ -53,6 +54,9 @@ class RolloutSource:
         stop: Any = getattr(self.engine.rollout_engine, "stop", None)
         if self._pending is not None and not self._pending.done() and stop is not None:
             stop()
+        for early in self._listening:
+            if early is not None:
+                early.close()  # else the end of the process waits for every call that is queued
 
     def _draw_ahead(self) -> Prompts:
         before = self.prompts.position
@@ -62,6 +66,7 @@ class RolloutSource:
 
     def _sample(self, prompts: Prompts, sampling: Any = None) -> Sampled:
         early = self.rewards.listen(prompts, self.engine.config.samples_per_prompt)
+        self._listening = [*self._listening[-1:], early]  # of this rollout, and of the one that was handed out
         try:
             return self.engine.generate(prompts, sampling, early), early
         except BaseException:

@@ -232,6 +232,7 @@ def test_a_phase_inside_another_counts_once(monkeypatch: pytest.MonkeyPatch):
     assert clock.seconds == {"outer": 7.0, "forward1": 10.0, "forward2": 5.0}
 
 
+@pytest.mark.slow
 def test_an_iteration_is_measured_phase_by_phase(tmp_path: Path, capsys):
     out = tmp_path / "step.jsonl"
     argv = ["step", "--quick", "--device", "cpu", "--threads", "1", "--sweep", "skew", "--out", str(out)]

@@ -108,6 +108,7 @@ def test_a_failed_reward_costs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         assert_same_run(undisturbed, train(changed, resume=LATEST))
 
 
+@pytest.mark.slow
 def test_sigkill_loses_nothing_but_time(tmp_path: Path) -> None:
     undisturbed = train(config(tmp_path, train={"total_steps": 12}))
     path = tmp_path / "run.toml"

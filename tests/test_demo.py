@@ -41,6 +41,7 @@ def test_exact_match_wants_the_sum_and_an_end(response, reason, score):
     assert demo.exact_match([sample]) == [score]
 
 
+@pytest.mark.slow
 def test_the_demo_says_what_it_does_as_it_goes(tmp_path, capsys):
     demo.demo(tmp_path, sizes=demo.Sizes(sft_steps=1, reward_steps=1, ppo_steps=1))
     stages = re.findall(r"^ *\d+ s  ([\w ]+):", capsys.readouterr().out, re.MULTILINE)

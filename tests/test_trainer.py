@@ -265,6 +265,7 @@ def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["final", "step-000002"]
 
 
+@pytest.mark.slow
 def test_the_demo_keeps_an_earlier_run(tmp_path: Path) -> None:
     (tmp_path / "ppo").mkdir()
     (tmp_path / "ppo" / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -75,20 +75,23 @@ class Decoder:
         """Tokens, log-probs and finish reasons of the response to every request, in order."""
         self._begin(prompts, sampling, seed)
         self.on_finish = on_finish
-        total, rows = len(prompts) * sampling.samples_per_prompt, self.capacity.rows
+        total, places = len(prompts) * sampling.samples_per_prompt, self.capacity.rows
         while self.live or self.next < total:
-            if self.next < total and (not self.live or (rows - self.live) * REFILL_AT >= rows):
+            if self.next < total and (not self.live or (places - self.live) * REFILL_AT >= places):
                 self._admit(total)
             else:
                 self._step()
         sizes = self.lengths[:total].tolist()
-        cut = ([row[:n] for row, n in zip(x.tolist(), sizes, strict=False)] for x in (self.tokens, self.logprobs))
+        used = (x[:total, : max(sizes)].tolist() for x in (self.tokens, self.logprobs))
+        cut = ([row[:n] for row, n in zip(rows, sizes, strict=True)] for rows in used)
+        self.on_finish = None
         return next(cut), next(cut), ["stop" if s else "length" for s in self.stopped[:total].tolist()]
 
     def _begin(self, prompts: Prompts, sampling: Sampling, seed: int) -> None:
         """Every row stands still, every request waits."""
         n, device = sampling.samples_per_prompt, self.policy.device
-        self.prompts, self.sampling, self.next, self.ends = prompts, replace(sampling, seed=None), 0, []
+        self.samples_per_prompt = n
+        self.prompts, self.sampling, self.next, self.ends = prompts, _of_steps(sampling), 0, []
         limits = torch.tensor(prompts.limits or (sampling.max_new_tokens,) * len(prompts)).repeat_interleave(n)
         for state in (self.limits, self.lengths, self.stopped, self.last, self.position):
             state.zero_()
@@ -102,7 +105,7 @@ class Decoder:
 
     def _admit(self, total: int) -> None:
         """Read the prompts of waiting requests into free rows; samples of one prompt share its reading."""
-        start, n = self.live, self.sampling.samples_per_prompt
+        start, n = self.live, self.samples_per_prompt
         taken: list[int] = []  # requests
         chosen: list[int] = []  # their prompts
         num_tokens = 0
@@ -181,7 +184,7 @@ class Decoder:
         self.lengths[request] = count + (request != self.spare)
         self.last[rows] = token
         singles, *sequences = self.stops[sampling]
-        stopped = torch.isin(token, singles)
+        stopped = (token[:, None] == singles).any(1)  # torch.isin sorts, and waits, where there are many
         for sequence in sequences:
             stopped |= self._ends_with(sequence, request, count)
         self.stopped[request] = stopped
@@ -203,7 +206,7 @@ class Decoder:
 
     def _release(self, ended: Tensor, start: int) -> None:
         """The last live rows move into the places of those from `start` on that ended."""
-        places = [start + i for i in ended.nonzero().squeeze(1).tolist()]
+        places = [start + i for i, over in enumerate(ended.tolist()) if over]
         if not places:
             return
         self._announce(places)
@@ -229,6 +232,11 @@ def uniforms(prompts: Prompts, samples_per_prompt: int, count: int, seed: int) -
         generator.manual_seed(number)
         rows.append(torch.rand(count, generator=generator))
     return torch.stack(rows)
+
+
+def _of_steps(sampling: Sampling) -> Sampling:
+    """What a step depends on: one recording serves training and evaluation where they differ in the rest."""
+    return replace(sampling, seed=None, max_new_tokens=1, samples_per_prompt=1)
 
 
 def _called(method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:

@@ -6,6 +6,7 @@ still run: a row that ends gives its place to the last one, and free places to r
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -78,17 +79,19 @@ class EmbeddedEngine:
         n, seed = sampling.samples_per_prompt, sampling.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, (), generator=self.generator))
-        positions = -(-longest // SPAN) * SPAN
-        rows = min(self._rows_that_fit(positions), len(prompts) * n)
+        wanted = Capacity(self.rows.size, -(-longest // SPAN) * SPAN, len(prompts) * n, max(limits))
+        decoder: list[Decoder] = [self._decoder(wanted)]
 
         def attempt(max_rows: int) -> tuple[list[list[int]], list[list[float]], list[FinishReason]]:
-            decoder = self._decoder(max_rows, len(prompts) * n, positions, max(limits))
-            made = decoder.run(prompts, sampling, seed, on_finish)
-            self._kept = decoder if self.keep_memory else None
-            return made
+            made = decoder.pop() if decoder else self._decoder(replace(wanted, rows=max_rows))
+            drawn = made.run(prompts, sampling, seed, on_finish)
+            self._kept = made if self.keep_memory else None
+            return drawn
 
         with _eval_mode(self.policy):
-            tokens, logprobs, reasons = self.rows.run("the rollout", attempt, smallest=1, whole=rows)
+            tokens, logprobs, reasons = self.rows.run(
+                "the rollout", attempt, smallest=1, whole=decoder[0].capacity.rows
+            )
         return Rollout.pack(
             [p for p in prompts.token_ids for _ in range(n)],
             tokens,
@@ -102,16 +105,21 @@ class EmbeddedEngine:
             device=self.policy.device,
         )
 
-    def _decoder(self, max_rows: int, requests: int, positions: int, tokens: int) -> Decoder:
-        """The one that was kept, if it is large enough, else a new one."""
+    def _decoder(self, wanted: Capacity) -> Decoder:
+        """The one that was kept, if it is large enough, else a new one, of as many rows as fit."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            requests, tokens = max(requests, kept.capacity.requests), max(tokens, kept.capacity.tokens)
-            positions = max(positions, kept.capacity.positions)
-            if kept.capacity.holds(Capacity(1, positions, requests, tokens)):
+            had = kept.capacity
+            wasteful = had.positions > 2 * wanted.positions  # few rows of far longer sequences
+            rows = min(wanted.rows, wanted.requests) if wasteful else 1
+            if had.holds(replace(wanted, rows=rows)):
                 return kept
+            requests, tokens = max(wanted.requests, had.requests), max(wanted.tokens, had.tokens)
+            positions = wanted.positions if wasteful else max(wanted.positions, had.positions)
+            wanted = Capacity(wanted.rows, positions, requests, tokens)
             del kept  # its memory counts as free
-        capacity = Capacity(min(self._rows_that_fit(positions), max_rows, requests), positions, requests, tokens)
+        rows = min(self._rows_that_fit(wanted.positions), wanted.rows, wanted.requests)
+        capacity = replace(wanted, rows=rows)
         return Decoder(self.policy, capacity, eos_token_ids=self.eos_token_ids, cuda_graphs=self.cuda_graphs)
 
     def _rows_that_fit(self, num_positions: int) -> int:

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.out_of_memory import is_out_of_memory
+
+RECORD_AT = 8  # uses of a number of rows until it is recorded: recording takes the time of several steps
+
 
 def bucket(live: int, rows: int) -> int:
     """The number of rows to run for `live` of them: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ..., at most `rows`.
@@ -17,9 +21,9 @@ def bucket(live: int, rows: int) -> int:
 
 
 class Steps:
-    """Runs a step for a number of rows; the second time it comes it is recorded, and replayed from then on.
+    """Runs a step for a number of rows; the eighth time it comes it is recorded, and replayed from then on.
 
-    The first time runs as it is: kernels are compiled and libraries make their workspaces, which cannot be recorded.
+    The first times run as they are: kernels are compiled and libraries make their workspaces, which cannot be recorded.
     What a step reads and writes must stay where it is in memory, weights too; `record` False runs every step as it is.
 
     Args:
@@ -28,7 +32,7 @@ class Steps:
 
     def __init__(self, step: Callable[..., Tensor], *, record: bool) -> None:
         self.step, self.record = step, record
-        self.known: set[Hashable] = set()
+        self.uses: dict[Hashable, int] = {}
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool: Any = None
 
@@ -39,8 +43,8 @@ class Steps:
             return result
         if not self.record:
             return self.step(*key)
-        if key not in self.known:
-            self.known.add(key)
+        self.uses[key] = self.uses.get(key, 0) + 1
+        if self.uses[key] < RECORD_AT:
             return self.step(*key)
         return self._recorded(key)
 
@@ -50,6 +54,8 @@ class Steps:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 result = self.step(*key)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise  # the rollout is redone with fewer rows
             raise RuntimeError(
                 f"this model's decode step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}): "
                 "set rollout.cuda_graphs = false"

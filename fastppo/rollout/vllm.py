@@ -240,6 +240,7 @@ class VLLMEngine:
             for server in self.servers:
                 try:
                     server.call("/weight_info", method="GET", timeout_s=CONTROL_S)
+                    self._awaken(server)
                 except (Unreachable, Failed) as error:
                     reason = str(error)
                     continue
@@ -258,11 +259,10 @@ class VLLMEngine:
             server.version, server.down = None, False
             try:
                 context = server.longest()
-                if self.config.sleep:
-                    server.call("/wake_up")
+                self._awaken(server)
                 self._bring(server)
             except (Unreachable, Failed) as error:
-                server.down = isinstance(error, Unreachable)
+                server.down = self.config.sleep or isinstance(error, Unreachable)
                 print(f"rollout: {error}", flush=True)
                 continue
             require(
@@ -270,6 +270,13 @@ class VLLMEngine:
                 f"a prompt and its response make {longest} tokens, more than the --max-model-len {context} of "
                 f"{server.url}: start it with at least that",
             )
+
+    def _awaken(self, server: Server) -> None:
+        """On one card it needs what the trainer's allocator keeps without using it."""
+        if self.config.sleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            server.call("/wake_up")
 
     def _sleep(self) -> None:
         for server in self.servers if self.config.sleep else ():

@@ -30,6 +30,7 @@ class PublishedWeights:
         weakref.finalize(self, _remove, self.folder, self._lock)
         self.current: Path | None = None
         self.version = ""
+        self.published: list[int] = []
 
     def publish(self, policy: Any, version: int) -> None:
         """Replace what is there by the weights of `policy`. `version` gets the name of the folder as a prefix, so
@@ -37,9 +38,12 @@ class PublishedWeights:
         if self.current is not None:
             shutil.rmtree(self.current)
         self.current = None
-        target = self.folder / str(version)
+        again = self.published.count(version)  # a roll-back publishes other weights under a version that there was
+        self.published.append(version)
+        name = f"{version}-{again}" if again else str(version)
+        target = self.folder / name
         models.save(policy, target)
-        self.current, self.version = target, f"{self.folder.name.removeprefix(PREFIX)}:{version}"
+        self.current, self.version = target, f"{self.folder.name.removeprefix(PREFIX)}:{name}"
 
 
 def _remove_abandoned(parent: Path) -> None:

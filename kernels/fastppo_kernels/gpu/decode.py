@@ -67,7 +67,7 @@ def _attend(
         q = tl.load(q_ptr + q_at, mask=in_q, other=0.0)
         new_k = tl.load(k_ptr + row * kv_stride + head * D + d, mask=in_d, other=0.0)
         new_v = tl.load(v_ptr + row * kv_stride + head * D + d, mask=in_d, other=0.0)
-        memory = row * row_stride + head * head_stride
+        memory = row * row_stride + head.to(tl.int64) * head_stride
         if end == position + 1:
             place = memory + position.to(tl.int64) * D + d
             tl.store(keys_ptr + place, new_k, mask=in_d)
