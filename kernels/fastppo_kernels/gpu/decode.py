@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo_kernels.gpu.launch import ROW_DTYPES, check_device, on_device, options
+from fastppo_kernels.gpu.launch import ROW_DTYPES, check_device, on_device, options, warp_size
 from fastppo_kernels.gpu.maths import LOG2E, tanh
 
 CHUNK = 512  # positions of a program
@@ -172,8 +172,9 @@ def decode_attention(
         return out
     with on_device(q):
         memory = q, k, v, keys, values, positions, out, parts, stats
-        _attend[(n, kv_heads, chunks)](*memory, *strides, scale, softcap or 0.0, reach, **constants, **options(128))
+        four_warps = options(4 * warp_size())
+        _attend[(n, kv_heads, chunks)](*memory, *strides, scale, softcap or 0.0, reach, **constants, **four_warps)
         if chunks > 1:
             joined: dict[str, Any] = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK}
-            _join[(n, heads)](parts, stats, positions, out, reach, chunks, **joined, **options(32))
+            _join[(n, heads)](parts, stats, positions, out, reach, chunks, **joined, **options(warp_size()))
     return out
