@@ -1,5 +1,6 @@
 """`python -m fastppo` is the `fastppo` command. Ctrl-C in the seconds that its imports take ends it quietly."""
 
+import logging
 import os
 import signal
 from types import FrameType
@@ -10,6 +11,7 @@ def main() -> None:
     takes_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in a job of the background
     if takes_ctrl_c:
         signal.signal(signal.SIGINT, _leave)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # which libraries it lacks is no news of a run
     from fastppo.cli import main as command
 
     if takes_ctrl_c:

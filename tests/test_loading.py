@@ -55,7 +55,7 @@ def test_loading_takes_what_stays_and_less_than_a_third_of_a_checkpoint(dtype: s
     """Resident size of a process that loads one role, or all four from checkpoints of one shape."""
     path = saved(tmp_path, dtype)
     size = (path / "model.safetensors").stat().st_size
-    bench = str(Path(__file__).parent.parent / "bench")
+    bench = str(Path(__file__).parent.parent / "fastppo" / "bench" / "ppo_iteration")
     for roles in ("policy", "critic", "four"):
         done = subprocess.run(
             [sys.executable, "-c", PROBE, bench, roles, str(path), dtype], capture_output=True, text=True, check=True

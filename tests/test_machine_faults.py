@@ -49,9 +49,12 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_leaves_the_last_check
         path = tmp_path / "full.json"
         path.write_text(json.dumps(to_dict(there)))
         done = command(str(path))
-        assert done.returncode == 1, done.stderr
-        assert done.stderr.startswith("fastppo: cannot write the checkpoint ") and done.stderr.count("\n") == 1
-        assert "No space left on device" in done.stderr and "go on with --resume" in done.stderr
+        assert done.returncode == 1, runs.own(done.stderr)
+        assert (
+            runs.own(done.stderr).startswith("fastppo: cannot write the checkpoint ")
+            and runs.own(done.stderr).count("\n") == 1
+        )
+        assert "No space left on device" in runs.own(done.stderr) and "go on with --resume" in runs.own(done.stderr)
         found, passed_over = checkpoint.newest(disk / "run" / "checkpoints")
         assert found is not None and found.step >= 2 and passed_over == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
@@ -66,8 +69,8 @@ def test_a_log_that_cannot_be_written_is_one_line_too(tmp_path: Path) -> None:
     with mounted(disk, "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
         (disk / "filler").write_bytes(b"x" * 44 * 1024)
         done = command(runs.run_file(tmp_path, out=str(disk / "run"), train={"total_steps": 500, "eval_every": 1}))
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+    assert done.returncode == 1 and "Traceback" not in runs.own(done.stderr), runs.own(done.stderr)
+    assert runs.own(done.stderr).count("\n") == 1 and "No space left on device" in runs.own(done.stderr)
 
 
 @pytest.mark.slow
@@ -77,8 +80,10 @@ def test_a_run_folder_that_is_read_only_is_refused_at_once(tmp_path: Path) -> No
     with mounted(place, "--bind", str(tmp_path)):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
         done = command(runs.run_file(tmp_path, out=str(place / "run")))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("fastppo: cannot write to the run folder") and "Read-only file system" in done.stderr
+    assert done.returncode == 2 and runs.own(done.stderr).count("\n") == 1
+    assert runs.own(done.stderr).startswith(
+        "fastppo: cannot write to the run folder"
+    ) and "Read-only file system" in runs.own(done.stderr)
 
 
 @pytest.mark.slow
@@ -101,6 +106,7 @@ def test_a_folder_that_can_no_longer_be_written_ends_the_run_in_one_line(tmp_pat
         subprocess.run(["chattr", "-i", str(checkpoints)], capture_output=True)
         process.kill()
         process.communicate()
+    err = runs.own(err)
     assert process.returncode == 1 and "Traceback" not in err and err.count("\n") == 1, err
     assert err.startswith("fastppo: cannot write the checkpoint") and "Operation not permitted" in err
     found, passed_over = checkpoint.newest(checkpoints)
