@@ -226,3 +226,9 @@ def test_a_model_whose_packed_sequences_hear_each_other_is_refused() -> None:
     raw.model.layers[0].register_forward_hook(lambda module, args, out: out + out.cumsum(1))
     with pytest.raises(ValueError, match="LlamaForCausalLM does not keep packed sequences apart"):
         models.prepare_policy(raw)
+
+
+def test_rotary_positions_that_follow_the_longest_sequence_are_refused() -> None:
+    config = LlamaConfig(**tiny._SHAPE, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ValueError, match="rotary positions of type 'dynamic'"):
+        models.prepare_policy(models.new_causal_lm(config))

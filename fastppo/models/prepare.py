@@ -47,6 +47,14 @@ def set_up(
         f"{type(model).__name__} has layers ({', '.join(sorted(others)) or 'with a state'}) other than full and "
         "sliding-window attention: packed sequences would leak into each other there",
     )
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)} & {"dynamic", "longrope"}
+    require(
+        not kinds,
+        f"{type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))!r}, whose frequencies follow "
+        "the longest sequence of a pack: a token's log-prob would depend on its neighbours. Use a model or a config with "
+        "rope_type 'default', 'linear', 'llama3' or 'yarn'",
+    )
     model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
