@@ -52,8 +52,8 @@ def set_up(
     require(
         not kinds,
         f"{type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))!r}, whose frequencies follow "
-        "the longest sequence of a pack: a token's log-prob would depend on its neighbours. Use a model or a config with "
-        "rope_type 'default', 'linear', 'llama3' or 'yarn'",
+        "the longest sequence of a pack: a token's log-prob would depend on its neighbours. Use a model or a config "
+        "with rope_type 'default', 'linear', 'llama3' or 'yarn'",
     )
     model.set_attn_implementation(PACKED)
     if gradient_checkpointing:
