@@ -48,7 +48,7 @@ def set_up(
         "sliding-window attention: packed sequences would leak into each other there",
     )
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)} & {"dynamic", "longrope"}
+    kinds = {str(x.get("rope_type")) for x in (rope, *rope.values()) if isinstance(x, dict)} & {"dynamic", "longrope"}
     require(
         not kinds,
         f"{type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))!r}, whose frequencies follow "
