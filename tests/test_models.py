@@ -229,6 +229,6 @@ def test_a_model_whose_packed_sequences_hear_each_other_is_refused() -> None:
 
 
 def test_rotary_positions_that_follow_the_longest_sequence_are_refused() -> None:
-    config = LlamaConfig(**tiny._SHAPE, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    config = LlamaConfig(**tiny._SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ValueError, match="rotary positions of type 'dynamic'"):
         models.prepare_policy(models.new_causal_lm(config))

@@ -164,7 +164,8 @@ def test_no_sequences(backend: str) -> None:
 
 def test_opcheck() -> None:
     p = problem([3, 9], 4, 2, 16)
-    p.keys.nan_to_num_(0.0), p.values.nan_to_num_(0.0)
+    p.keys.nan_to_num_(0.0)
+    p.values.nan_to_num_(0.0)
     name = "reference" if DEVICE == "cuda" else "native"
     arguments = (p.q, p.k, p.v, p.keys, p.values, p.positions, 0.25, None, None, 12, name)
     torch.library.opcheck(torch.ops.fastppo.decode_attention.default, arguments)
