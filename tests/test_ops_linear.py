@@ -52,7 +52,7 @@ def test_a_gradient_can_be_differentiated_again():
     def penalty(fn, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in given]
         gradients = torch.autograd.grad(fn(*leaves).pow(3).sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), leaves)
 
     made = penalty(linear, torch.float32), penalty(F.linear, torch.float32), penalty(F.linear, torch.float64)
     for name, ours, theirs, truth in zip(("x", "weight", "bias"), *made, strict=True):
