@@ -14,7 +14,7 @@ import torch
 import runs
 from fastppo import PPOEngine, checkpoint, durable, train
 from fastppo.demo import make_tokenizer
-from fastppo.metrics import JSONLLogger
+from fastppo.metrics import JSONLLogger, rewind
 from fastppo.resume import LATEST
 from test_checkpoint import assert_same_run, config
 
@@ -158,7 +158,8 @@ def test_killed_while_it_goes_back_the_run_goes_on_from_where_it_was_sent(tmp_pa
     shutil.copytree(undisturbed, folder)
     other = config(tmp_path, out=str(folder))
 
-    def killed(*_: Any, **__: Any) -> None:
+    def killed(*args: Any, **options: Any) -> None:
+        rewind(*args, **options)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
