@@ -152,6 +152,8 @@ def refuse_another_run(before: dict[str, Any], config: RunConfig, what: str) -> 
     changed = [key for key in differ if re.sub(r"^rewards\.\d+", "rewards", key) not in free]
     shown = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    if "train.total_steps" in changed:
+        more += " (it stretches the learning rates' schedules: free where both are 'constant')"
     require(
         not changed,
         f"{what} is of another run: {shown}{more}. Set them back, or start a new run in another `out`",

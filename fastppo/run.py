@@ -27,6 +27,7 @@ from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
 from fastppo.saving import Writer
 from fastppo.watch import Watch
+from fastppo_kernels.backend import choose_backend
 
 
 @dataclass
@@ -74,6 +75,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     require_loggers(config.train.loggers)
     _require_extras(config)
     device = _device(config.device)
+    _check_backend(device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
     source = PromptSource(
         load_prompts(config.data.prompts, config.data, tokenizer),
@@ -136,6 +138,14 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _check_backend(device: torch.device) -> None:
+    """A FASTPPO_BACKEND that cannot run here is said before anything is loaded."""
+    try:
+        choose_backend("training", None, torch.zeros(1, device=device))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _require_extras(config: RunConfig) -> None:
