@@ -454,10 +454,8 @@ def run_of(folder: Path, out: str, **changes: Any) -> Any:
     classifier = runs.checkpoint(folder / "reward", kind=AutoModelForSequenceClassification, seed=3)
     rewards = [{"kind": "model", "target": classifier}]
     ppo = {"num_epochs": 2, "num_minibatches": 2, "max_tokens_per_microbatch": 24, "target_kl": 0.5, "roll_back": True}
-    train = {"total_steps": 3, "save_every": 1, "keep_last": 0, "eval_every": 2}
-    return runs.config(
-        folder, rewards=rewards, ppo=ppo, train=train, critic={"init": "reward"}, out=str(folder / out), **changes
-    )
+    changes |= {"train": {"total_steps": 3, "save_every": 1, "keep_last": 0, "eval_every": 2}}
+    return runs.config(folder, rewards=rewards, ppo=ppo, critic={"init": "reward"}, out=str(folder / out), **changes)
 
 
 @pytest.mark.usefixtures("on_cpu")
