@@ -76,7 +76,7 @@ def _check_host(plan: Plan) -> None:
     Raises:
         ValueError: what is to wait in host memory is more than that.
     """
-    there, sent = memory_of(torch.device("cpu")), plan.in_host_memory
+    there, sent = memory_of(torch.device("cpu")), plan.in_host_memory * distributed.local_world_size()
     require(
         there is None or sent <= there,
         f"[offload] sends {report.gib(sent)} to host memory, which has {report.gib(there or 0)}: set some of "
