@@ -22,7 +22,7 @@ CARDS = ("24GB", "80GB", "141GB")
 RECOMPUTE = {"gradient_checkpointing": True}
 SMALL_MOMENTS = {"kind": "adamw-8bit"}
 SMALLEST = {"kind": "adamw-8bit", "masters": "stochastic"}
-MOVED = dict.fromkeys(("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"), "move")
+MOVED: dict[str, Any] = dict.fromkeys(("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"), "move")
 Tables = dict[str, dict[str, Any]]
 FULL: dict[str, Tables] = {  # from the fastest to the smallest
     "as it is": {},

@@ -63,8 +63,12 @@ def update(
         partial(_train_critic, critic, experience, minibatches, config, budget),
         partial(_train_policy, policy, experience, minibatches, config, objective, budget),
     ]
+    if objective.gap_limit is not None:
+        halves.reverse()
+        if critic is not None:
+            critic.weights_at.leave()  # until its turn
     metrics: dict[str, float] = {}
-    for half in halves if objective.gap_limit is None else halves[::-1]:
+    for half in halves:
         metrics |= half()
     return metrics
 

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,8 @@ def test_a_failure_while_coming_leaves_everything_where_it_was(monkeypatch: pyte
 
 
 def bert() -> PreTrainedModel:
-    shape = BertConfig(
-        vocab_size=48, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, num_labels=1
-    )
+    shape = BertConfig(vocab_size=48, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    shape.num_labels = 1
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(shape).eval()
 
@@ -330,10 +329,6 @@ def test_after_a_phase_the_device_has_nothing_of_what_moves_and_the_host_has_it_
         assert moved == pytest.approx(kept + from_score_to_update, abs=2000), (i, left, critic)
 
 
-def dict_of(offload: OffloadConfig) -> dict[str, Any]:
-    return {f.name: getattr(offload, f.name) for f in fields(offload)}
-
-
 def test_each_role_comes_once_and_goes_once_in_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of what goes, only what has changed is copied."""
     made = made_with(ALL)
@@ -348,8 +343,10 @@ def test_each_role_comes_once_and_goes_once_in_an_iteration(monkeypatch: pytest.
     assert 0 < learned <= critic
 
 
-def test_roles_are_on_the_device_for_their_part_of_an_iteration() -> None:
-    """The critic from scoring to the end of its half of the update; never two optimizers at a time."""
+@pytest.mark.parametrize("sampled", [False, True], ids=["log-probs computed", "log-probs of the sampler"])
+def test_roles_are_on_the_device_for_their_part_of_an_iteration(sampled: bool) -> None:
+    """The critic from scoring to the end of its half of the update; never two optimizers at a time. Where the policy's
+    first forward has yet to check the sampler's log-probs, its half comes first, without the critic."""
     made = made_with(ALL)
     policy, critic, reference = made._policy, made._critic, made._reference_at
     assert critic is not None and made.reference is not None
@@ -366,16 +363,13 @@ def test_roles_are_on_the_device_for_their_part_of_an_iteration() -> None:
         if entry not in seen[-1:]:
             seen.append(entry)
 
+    rollout = made.generate(prompts()) if sampled else trajectories()
     for name, model in (("policy", policy.model), ("critic", critic.model), ("reference", made.reference)):
         model.base_model.register_forward_pre_hook(partial(look, name))
-    iteration(made)
-    assert seen == [
-        ("policy", ("reference",)),
-        ("reference", ("reference", "critic")),
-        ("critic", ("critic",)),
-        ("critic", ("critic", "critic_optimizer")),
-        ("policy", ("policy_optimizer",)),
-    ]
+    made.update(made.score(rollout, SCORES))
+    scoring = [("policy", ("reference",)), ("reference", ("reference", "critic")), ("critic", ("critic",))]
+    halves = [("critic", ("critic", "critic_optimizer")), ("policy", ("policy_optimizer",))]
+    assert seen == (scoring[1:] + halves[::-1] if sampled else scoring + halves)
     assert not any(at.is_here for at in parts.values())
 
 
@@ -431,7 +425,7 @@ def test_what_has_no_weights_of_its_own_is_refused() -> None:
     policy = models.adapt(tiny.policy(), MemoryConfig(share="lora", lora_rank=4))
     for key in ("reference", "critic"):
         with pytest.raises(ValueError, match="on the base of the policy has no weights of its own to offload"):
-            engine(policy, offload=OffloadConfig(**{key: "move"}))
+            engine(policy, offload=replace(OffloadConfig(), **{key: "move"}))
     with pytest.raises(ValueError, match="there is no model to move"):
         engine(ppo={"kl_coef": 0.0}, offload=OffloadConfig(reference="move"))
     with pytest.raises(ValueError, match="there is no critic: offload.critic and"):
@@ -476,7 +470,7 @@ def run_of(folder: Path, out: str, **changes: Any) -> Any:
 @pytest.mark.parametrize("reward", [pytest.param("move", marks=pytest.mark.slow), "stream"])
 def test_a_run_ends_bit_for_bit_where_it_would_have(reward: str, tmp_path: Path) -> None:
     """Stopped and resumed in between with the other choice, too."""
-    ways = {**dict_of(ALL), "reward": reward, "reference": reward}
+    ways = {**asdict(ALL), "reward": reward, "reference": reward}
     kept, moved = (train(run_of(tmp_path, name, offload=x)) for name, x in (("kept", {}), ("moved", ways)))
     assert_same_run(kept, moved)
     for name, x in (("kept", ways), ("moved", {})):

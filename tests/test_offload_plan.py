@@ -12,10 +12,10 @@ import runs
 from fastppo.checks import InputError
 from fastppo.config_offload import OffloadConfig
 from fastppo.memory import report, start
-from fastppo.memory.plan import GIB, Plan, make_plan
+from fastppo.memory.plan import GIB, Plan
 from fastppo.memory.setting import setting_of
-from fastppo.memory.ways import ways_to_fit
-from test_memory import BENCH, CPU, plan_of, wide
+from fastppo.memory.ways import changed, ways_to_fit
+from test_memory import BENCH, CPU, CUDA, plan_of, wide
 
 ALL = {key: "move" for key in ("reference", "critic", "critic_optimizer", "policy_optimizer")}
 
@@ -34,7 +34,10 @@ def weights_in(plan: Plan) -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["full, bfloat16, everything moves", "full, reference and reward stream"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("full, bfloat16, everything moves", marks=pytest.mark.slow), "full, reference and reward stream"],
+)
 def test_every_phase_takes_what_was_planned_where_roles_move(name: str, cases: Any, tmp_path: Path) -> None:
     """On a CPU, where host memory is the same memory and is measured with it."""
     case = next(case for case in cases.CASES if case.name == name)
@@ -70,28 +73,29 @@ def test_a_streamed_model_takes_less_than_one_that_moves(tmp_path: Path) -> None
     assert plans["stream"].phases[-1].parts == plans["move"].phases[-1].parts
 
 
-@pytest.mark.parametrize("drops", [["reference"], ["reference", "policy_optimizer", "critic_optimizer", "critic"]])
-def test_the_cheapest_way_to_fit_is_to_send_away_what_waits(drops: list[str], tmp_path: Path) -> None:
-    """No result changes; and no more is sent away than it takes."""
-    run = wide(tmp_path, policy={"gradient_checkpointing": True}, critic={"gradient_checkpointing": True})
-    enough = plan_of(wide(tmp_path, offload=dict.fromkeys(drops, "move"))).needed
-    budget = max(enough, 1)
-    (first, *_) = ways_to_fit(run, plan_of(run, budget))
-    sent = {key for key in first.keys if key.startswith("offload.")}
-    assert sent and sent <= {f"offload.{key}" for key in drops}
-    assert first.plan.fits and "same results" in first.cost
-    for key in sent:
-        others = {k.removeprefix("offload."): "move" for k in sent if k != key}
-        portions = first.plan.setting.work
-        fewer = plan_of(wide(tmp_path, offload=others, ppo={"max_tokens_per_microbatch": portions.max_tokens}), budget)
-        assert not fewer.fits or "ppo.max_tokens_per_microbatch" in first.keys
+@pytest.mark.parametrize("sent", [["reference"], [*ALL]])
+def test_what_fits_by_sending_away_what_waits_gives_up_nothing_else(sent: list[str], tmp_path: Path) -> None:
+    """The first way; and no more is sent away than it takes."""
+    small = {"ppo": {"num_minibatches": 4, "max_tokens_per_microbatch": 1024}, "rollout": {"max_rows": 1}}
+    run = wide(tmp_path, **small)
+    budget = plan_of(wide(tmp_path, **small, offload=dict.fromkeys(sent, "move"))).needed
+    first = ways_to_fit(run, plan_of(run, budget))[0]
+    assert all(key.startswith("offload.") for key in first.keys), first.keys
+    assert first.plan.fits and "same results" in first.cost and len(first.keys) <= len(sent)
+    for key in first.keys:
+        fewer = {name: value for name, value in first.keys.items() if name != key}
+        assert not plan_of(changed(run, fewer), budget).fits
 
 
-def test_a_cpu_is_not_offered_what_it_cannot_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_a_cpu_is_not_offered_what_it_cannot_do(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr("fastppo.memory.ways._tried", lambda config, keys, plan: tried.extend(keys))
     run = wide(tmp_path)
-    plan = make_plan(setting_of(run, CPU))
-    tight = make_plan(setting_of(run, CPU), int(0.9 * plan.needed))
-    assert not any(key.startswith("offload.") for way in ways_to_fit(run, tight) for key in way.keys)
+    ways_to_fit(run, Plan(setting_of(run, device), (), budget=1))
+    assert tried and any(key.startswith("offload.") for key in tried) == (device == CUDA)
 
 
 def test_a_machine_with_too_little_host_memory_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

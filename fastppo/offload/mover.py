@@ -123,9 +123,11 @@ class Copies:
         """The device's memory belongs to the current stream: what that was given before comes first."""
         assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream(self.home))
+        done = torch.cuda.Event()
         with torch.cuda.stream(self.stream):
             _copy(pairs)
-            return self.stream.record_event()
+            done.record()
+        return done
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
