@@ -39,7 +39,9 @@ def add_common(made: argparse.ArgumentParser) -> None:
 
 def boolean(text: str) -> bool:
     """ "True" or "False"."""
-    return {"True": True, "False": False}[text]
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"True or False, not {text!r}")
+    return text == "True"
 
 
 def sizes(letters: str) -> Callable[[str], tuple[int, ...]]:

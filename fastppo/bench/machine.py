@@ -80,7 +80,7 @@ def matmul_rate(device: str, dtype: torch.dtype, threads: int | None = None) -> 
     n = 8192 if device != "cpu" else 1536
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     ways: list[Callable[[], object]] = [lambda: a @ b]
-    if runs_onednn(a):
+    if runs_onednn(a, a.dtype):
         ways.append(lambda: product(a, b))
     with _on_threads(threads):
         return 2 * n**3 / min(_median_seconds(way, device) for way in ways)

@@ -169,6 +169,21 @@ void column_sums(const double* partials, int64_t num_rows, int64_t width, int64_
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(sums[i]);
 }
 
+template <int64_t kColumns>
+void line_sums(const float* table, int64_t n, double* out) {
+    double sums[kColumns] = {}, squares[kColumns] = {};
+    float largest[kColumns];
+    for (int64_t i = 0; i < kColumns; ++i) largest[i] = -kInfinity;
+    for (const float* line = table; line < table + n * kColumns; line += kColumns) {
+        for (int64_t i = 0; i < kColumns; ++i) sums[i] += double{line[i]};
+        for (int64_t i = 0; i < kColumns; ++i) squares[i] = add_product(line[i], line[i], squares[i]);
+        for (int64_t i = 0; i < kColumns; ++i) largest[i] = line[i] <= largest[i] || largest[i] != largest[i] ? largest[i] : line[i];
+    }
+    for (int64_t i = 0; i < kColumns; ++i) out[i] = sums[i];
+    for (int64_t i = 0; i < kColumns; ++i) out[kColumns + i] = squares[i];
+    for (int64_t i = 0; i < kColumns; ++i) out[2 * kColumns + i] = largest[i];
+}
+
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 
 // Which of up to 16 bytes are set.
@@ -269,7 +284,8 @@ namespace fastppo {
 extern const Loops FASTPPO_LOOPS;
 const Loops FASTPPO_LOOPS = {
     {widen<float>, widen<BFloat16>}, sweep, exponentials, mass_above, indices_between, drop,
-    {dot<float>, dot<BFloat16>}, {spread<float>, spread<BFloat16>}, column_sums, pack, unpack, gae, moments,
+    {dot<float>, dot<BFloat16>}, {spread<float>, spread<BFloat16>}, column_sums,
+    {line_sums<8>, line_sums<16>}, pack, unpack, gae, moments,
 };
 
 }  // namespace fastppo

@@ -52,6 +52,9 @@ struct Loops {
     // Sums of n <= kGroup columns of partials, whose rows lie `width` apart, from the first row to the last.
     void (*column_sums)(const double* partials, int64_t num_rows, int64_t width, int64_t n, float* out);
 
+    // Of tables of 8 or 16 columns: sum, sum of squares and maximum (NaN if there is one) of n rows, a column each.
+    void (*line_sums[2])(const float* table, int64_t n, double* sums);
+
     // Of sequences.
 
     // The x whose mask is set, next to each other; returns how many. `out` holds n + kLooseEnd.

@@ -14,9 +14,14 @@ constexpr int kPPOColumns = 16;
 
 inline double bounded(double x) { return x > kExponentLimit ? kExponentLimit : x < -kExponentLimit ? -kExponentLimit : x; }
 
-// exp(x) - 1 - x; beyond the limit the exponential keeps the value it has there. x - x makes it NaN at +-inf, as in
-// reference.k3.
-inline double k3(double x) { return std::expm1(bounded(x) + (x - x)) - x; }
+// exp(x) - 1 - x of a given exp(bounded(x)), which beyond the limit keeps the value it has there; near 0, where the
+// difference would lose digits, by the series (its next term is below 1e-10 of the sum). x - x makes it NaN at +-inf, as
+// in reference.k3.
+inline double k3(double x, double exponential) {
+    if (std::fabs(x) > 1.0 / 64) return exponential - 1.0 - x + (x - x);
+    return x * x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720)))));
+}
+inline double k3(double x) { return k3(x, std::exp(bounded(x))); }
 inline double k3_slope(double x) { return std::expm1(bounded(x)); }
 
 // value and d value / d logprob
@@ -72,7 +77,7 @@ inline RowGradient ppo_token(float logprob, float entropy, int64_t i, const PPOR
     const Surrogate policy = surrogate(log_ratio, advantage, rows.is_weights ? rows.is_weights[i] : 1.0, s);
     const double ref_k1 = rows.ref_logprobs ? static_cast<double>(logprob) - rows.ref_logprobs[i] : 0.0;
     const Term kl = rows.ref_logprobs && s.kl_coef != 0.0 ? kl_penalty(ref_k1, s) : Term{0.0, 0.0};
-    const double old_k3 = k3(log_ratio);
+    const double old_k3 = k3(log_ratio, policy.ratio);
     const bool old_kl = s.old_kl_coef != 0.0;
     const double old_value = old_kl ? s.old_kl_coef * old_k3 : 0.0;
     const double old_slope = old_kl ? s.old_kl_coef * k3_slope(log_ratio) : 0.0;

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kGaeElements = 4;     // elements of a row that take as long as a token
 constexpr int64_t kRewardElements = 32;
+constexpr int64_t kHoledBlock = 1024;   // tokens that are packed at a time
 
 bool rises(const int32_t* cu_seqlens, int64_t num_sequences, int64_t num_tokens) {
     int64_t previous = 0;
@@ -35,13 +36,22 @@ struct Gae {
     double gamma, decay;
     float *advantages, *returns;
 
+    // n actions in a row.
+    void actions(const float* reward, const float* value, int64_t n, Step* next, float* advantage, float* ret) const {
+        for (int64_t size; n > 0; n -= size) {
+            size = std::min(kGaeBlock, n);
+            const int64_t i = n - size;
+            loops.gae(reward + i, value + i, size, gamma, decay, next, advantage + i, ret + i);
+        }
+    }
+
     // Tokens first .. first + n - 1, some of them no actions: the actions are packed together and spread out again.
     void holed_block(int64_t first, int64_t n, Step* next) const {
-        constexpr int64_t size = kGaeBlock + kLooseEnd;
-        float reward[size], value[size], advantage[size] = {}, ret[size] = {};
-        const int64_t actions = loops.pack(rewards + first, mask + first, n, reward);
+        constexpr int64_t size = kHoledBlock + kLooseEnd;
+        float reward[size], value[size], advantage[size], ret[size];
+        const int64_t packed = loops.pack(rewards + first, mask + first, n, reward);
         loops.pack(values + first, mask + first, n, value);
-        if (actions) loops.gae(reward, value, actions, gamma, decay, next, advantage, ret);
+        actions(reward, value, packed, next, advantage, ret);
         loops.unpack(advantage, mask + first, n, advantages + first);
         loops.unpack(ret, mask + first, n, returns + first);
     }
@@ -49,11 +59,11 @@ struct Gae {
     void sequence(int64_t start, int64_t end, double bootstrap) const {
         Step next{bootstrap, 0.0};
         for (int64_t n; end > start; end -= n) {
-            n = std::min(kGaeBlock, end - start);
+            n = std::min(kHoledBlock, end - start);
             const int64_t first = end - n;
             const bool whole = !mask || !std::memchr(mask + first, 0, n);
             if (whole)
-                loops.gae(rewards + first, values + first, n, gamma, decay, &next, advantages + first, returns + first);
+                actions(rewards + first, values + first, n, &next, advantages + first, returns + first);
             else
                 holed_block(first, n, &next);
         }

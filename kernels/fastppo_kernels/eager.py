@@ -14,7 +14,7 @@ from fastppo_kernels import reference
 from fastppo_kernels.reference import PPORows, gae, token_rewards, working_dtype
 from fastppo_kernels.reference_attention import decode_attention
 from fastppo_kernels.settings import HeadSettings, PPOSettings
-from fastppo_kernels.table import PPO_COLUMNS, VALUE_COLUMNS, ppo_table, value_table
+from fastppo_kernels.table import PPO_COLUMNS, VALUE_COLUMNS, ppo_table, table_sums, value_table
 
 __all__ = [
     "decode_attention",
@@ -27,6 +27,7 @@ __all__ = [
     "ppo_tokens",
     "sample",
     "scale_",
+    "table_sums",
     "token_rewards",
     "value_rows",
 ]

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastppo_kernels.linear import add_product, product, product_into, runs_onednn
+from fastppo_kernels.linear import (
+    TILE_BYTES,
+    accompanied,
+    add_product,
+    product,
+    product_into,
+    product_over,
+    runs_onednn,
+)
 from fastppo_kernels.reference import working_dtype
 
 # Bytes of a chunk's float32 logits, unless that is fewer than MIN_CHUNK_ROWS. CPU: what the C library keeps when it is
@@ -59,9 +67,9 @@ def exact_products(x: Tensor) -> Iterator[None]:
 class ChunkedHead:
     """Products of the LM head with chunks of hidden states, and the gradients of both (and of the bias).
 
-    On the CPU every operand is converted to the working dtype once; on a GPU bfloat16 and float16 operands are
-    multiplied as they are and accumulated in float32. The weight's gradient is accumulated in the working dtype. Both
-    the products and the row kernels between them belong inside `exact_products`.
+    On the CPU operands are converted to the working dtype, hidden states by the chunk and the weight by the tile; on a
+    GPU bfloat16 and float16 operands are multiplied as they are and accumulated in float32. The weight's gradient is
+    accumulated in the working dtype. Both the products and the row kernels between them belong inside `exact_products`.
     """
 
     def __init__(
@@ -76,20 +84,24 @@ class ChunkedHead:
         self.dtype = working_dtype(hidden)
         common = torch.promote_types(hidden.dtype, weight.dtype)
         self.operand_dtype = common if hidden.device.type != "cpu" else self.dtype
-        self.hidden, self.weight = hidden.to(self.operand_dtype), weight.to(self.operand_dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         self.chunk_size = chunk_size or default_chunk_size(weight.shape[0], hidden.device)
         self.piece = 0  # rows of every product; 0: as many as there are
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
-        self.onednn = runs_onednn(self.hidden) and not self.piece
+        self.onednn = runs_onednn(hidden, self.dtype) and not self.piece
         self.mixed = self.operand_dtype != self.dtype
+        self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
+        self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
         vocab_size, num_rows = weight.shape[0], hidden.shape[0]
-        self.direct = self.onednn and _is_kept(self.chunk_size, vocab_size)  # whatever R is, for equal bits
+        self.direct = (
+            self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
+        )  # for any R: equal bits
         rows = 0 if self.direct else self._padded(min(self.chunk_size, num_rows))
         stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]
-        self.dhidden = self.hidden.new_empty(self._padded(num_rows), hidden.shape[1]) if wanted[0] else None
+        shape = self._padded(num_rows), hidden.shape[1]
+        self.dhidden = hidden.new_empty(shape, dtype=self.operand_dtype) if wanted[0] else None
         # (V, H); a small one laid out as (H, V), the way its products come
         self.by_columns = self.onednn and _is_kept(*weight.shape)
         shape = weight.shape[::-1] if self.by_columns else weight.shape
@@ -108,10 +120,10 @@ class ChunkedHead:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
         num_rows = rows.stop - rows.start
         logits = self.buffer[:num_rows]
-        if self.direct or (self.onednn and num_rows == 1):
-            return _product(self.hidden[rows], self.weight, self.bias)
+        if self.direct:
+            return product(accompanied(self._hidden(rows)), self.weight, self.bias)[:num_rows]
         if self.onednn:
-            product_into(logits, self.hidden[rows], self.weight, self.bias)
+            product_into(logits, self._hidden(rows), self.weight, self.bias)
             return logits
         for piece, place in self._pieces(rows):
             _multiply(self._hidden(piece), self.weight.T, self.buffer[place])
@@ -126,7 +138,7 @@ class ChunkedHead:
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
         if self.dhidden is not None and self.onednn:
-            self.dhidden[rows] = _product(dlogits, self.weight.T)
+            self.dhidden[rows] = self._times_weight(dlogits)
         elif self.dhidden is not None:
             padded = self.dlogits(self.buffer)  # and with rows of padding below, whose gradient is not looked at
             for piece, place in self._pieces(rows):
@@ -140,14 +152,19 @@ class ChunkedHead:
         Comes last: the buffer and a copy of the weight are freed first, so that gradients of another dtype may take
         their place.
         """
-        self.buffer = self.weight = nothing = self.hidden.new_empty(0)
+        self.buffer = self.weight = nothing = self.hidden.new_empty(0, dtype=self.operand_dtype)
         dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
         made = zip((dhidden, self.dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
         return a, b, c
 
+    def _times_weight(self, dlogits: Tensor) -> Tensor:
+        rows = accompanied(dlogits)
+        made = product_over(rows, self.weight) if self.by_tiles else product(rows, self.weight.T)
+        return made[: dlogits.shape[0]]
+
     def _accumulate_weight(self, dweight: Tensor, rows: slice, dlogits: Tensor) -> None:
-        hidden = self.hidden[rows]
+        hidden = self._hidden(rows)
         if self.by_columns:
             dweight.T.add_(product(hidden.T, dlogits.T))
         elif self.onednn:
@@ -167,9 +184,10 @@ class ChunkedHead:
             yield slice(start, start + step), slice(place, place + step)
 
     def _hidden(self, piece: slice) -> Tensor:
-        """Hidden states of a piece, zeros past the last row."""
+        """Hidden states of a piece in the dtype that is multiplied, zeros past the last row."""
         missing = max(piece.stop - self.hidden.shape[0], 0)
-        return F.pad(self.hidden[piece], (0, 0, 0, missing)) if missing else self.hidden[piece]
+        hidden = self.hidden[piece].to(self.operand_dtype)
+        return F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
 
     def _padded(self, num_rows: int) -> int:
         """So many rows and what the padding adds."""
@@ -195,21 +213,24 @@ def peak_bytes(
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
     chunk = min(chunk_size or default_chunk_size(V, device), R)
     padded = chunk if cpu else -(-chunk // PIECE_ROWS) * PIECE_ROWS
-    copies = operand * R * H * (hidden_dtype.itemsize != operand) + operand * V * H * (weight_dtype.itemsize != operand)
+    small, converts = cpu and _is_kept(V, H), weight_dtype.itemsize != operand
+    copies = operand * (chunk * H * (hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
     logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)
     dhidden, dweight = operand * R * H * wanted[0], 4 * V * H * wanted[1]
-    small = cpu and _is_kept(V, H)
-    product = 4 * V * H * (small and wanted[1])  # of one chunk, before it is added
-    working = logits + max(4 * chunk * H * (cpu and any(wanted)), product)
+    working = logits + (_product_bytes(chunk, V, H, small, converts, any(wanted)) if cpu else 0)
     converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or weight_dtype.itemsize != 4))
     returned = hidden_dtype.itemsize * R * H * (wanted[0] and hidden_dtype.itemsize != operand)
-    hidden_copy = operand * R * H * (hidden_dtype.itemsize != operand)
-    return dhidden + dweight + max(copies + working, hidden_copy + returned + converted)
+    return dhidden + dweight + max(copies + working, returned + converted)
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product`, whose library sums a single row in another order than that row among others: here it has company."""
-    return product(a, b, bias) if a.shape[0] != 1 else product(a.expand(2, -1), b, bias)[:1]
+def _product_bytes(chunk: int, V: int, H: int, small: bool, converts: bool, backward: bool) -> int:
+    """Most bytes beside its operands and result that a product of a chunk by oneDNN takes: tiles of all of them."""
+    across, along = (min(V, TILE_BYTES // (4 * max(1, other))) for other in (chunk, H))
+    made = [across * (chunk + H * converts) * (converts or not _is_kept(chunk, V))]
+    if backward:
+        made.append(chunk * H + (along * (chunk + H) + chunk * H) * converts)
+        made.append(V * H if small else along * (chunk + 2 * H) + chunk * H)
+    return 4 * max(made)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -30,16 +30,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
     check_device(x=x, weight=weight, bias=bias)
-    if not runs_onednn(x) or x.numel() == 0:
+    if not runs_onednn(x, x.dtype) or x.numel() == 0:
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def runs_onednn(x: Tensor) -> bool:
-    """Whether products of `x` go to oneDNN."""
+def runs_onednn(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of `x` in this dtype go to oneDNN."""
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and dtype == torch.float32
         and os.environ.get("FASTPPO_BACKEND") != "reference"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -52,9 +52,23 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
-    """out = a @ b.T (+ bias), a tile of columns at a time; out (M, N), a (M, K), b (N, K), bias (N,)."""
+    """out = a @ b.T (+ bias), a tile of columns at a time; out (M, N), a (M, K), b (N, K) of any dtype, bias (N,)."""
     for tile in _tiles(b.shape[0], a.shape[0]):
-        out[:, tile] = product(a, b[tile], None if bias is None else bias[tile])
+        made = product(accompanied(a), b[tile].to(a.dtype), None if bias is None else bias[tile])
+        out[:, tile] = made[: a.shape[0]]
+
+
+def product_over(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed over a tile of rows of b at a time; a (M, N), b (N, K) of any dtype."""
+    made = a.new_zeros(a.shape[0], b.shape[1])
+    for tile in _tiles(b.shape[0], b.shape[1]):
+        made += product(a[:, tile].contiguous(), b[tile].to(a.dtype).T)
+    return made
+
+
+def accompanied(rows: Tensor) -> Tensor:
+    """`rows` (M, K), a single one twice: oneDNN sums it in another order alone than among others."""
+    return rows if rows.shape[0] != 1 else rows.expand(2, -1)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -190,7 +190,7 @@ class LinearPPO(torch.autograd.Function):
                     backward(logits, found, table[some, DLOGPROB], dentropy, head, module, dlogits=dlogits)
                     chunked.accumulate(some, dlogits)
         ctx.save_for_backward(*_gradients(chunked, (hidden, weight, bias), wanted, group))
-        loss, _, sums = with_sums(table)
+        loss, _, sums = with_sums(table, module)
         ctx.mark_non_differentiable(sums)
         return loss, sums
 

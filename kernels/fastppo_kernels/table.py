@@ -14,6 +14,8 @@ A row kernel writes a PPO line of 16 float32 numbers, 64 bytes, next to the grad
     live         1; a row of weight 0 is 0 in every column
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -79,16 +81,17 @@ def _dlogprob(logprobs: Tensor, rows: PPORows, terms: PPOTerms, settings: PPOSet
     return slope
 
 
-def with_sums(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), table, sums (3, columns) float64): sum, sum of squares and maximum of every column.
-
-    All that the loss and the statistics need of a table, in one place: a launch each on a GPU.
-    """
+def table_sums(table: Tensor) -> Tensor:
+    """(3, columns) float64: sum, sum of squares and maximum of every column; zeros without rows."""
     wide = table.double()
     if table.shape[0] == 0:
-        sums = wide.new_zeros(3, table.shape[1])
-    else:
-        sums = torch.stack([wide.sum(0), wide.square().sum(0), wide.amax(0)])
+        return wide.new_zeros(3, table.shape[1])
+    return torch.stack([wide.sum(0), wide.square().sum(0), wide.amax(0)])
+
+
+def with_sums(table: Tensor, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), table, sums (3, columns) float64): all that the loss and the statistics need of a table."""
+    sums = backend.table_sums(table)
     return sums[0, LOSS].to(table.dtype, copy=True), table, sums
 
 

@@ -66,7 +66,7 @@ def by_autograd(p: HeadProblem, loss: Any) -> Outputs:
 
 def whole_products(hidden: Tensor, weight: Tensor) -> Outputs:
     """The products of the op with logits in place of their gradient; (R, V) is new memory on every call."""
-    if runs_onednn(hidden):
+    if runs_onednn(hidden, hidden.dtype):
         logits = product(hidden, weight)
         return {"dhidden": product(logits, weight.T), "dweight": product(hidden.T, logits.T)}
     logits = torch.mm(hidden, weight.T)
@@ -78,7 +78,7 @@ def chunked_products(hidden: Tensor, weight: Tensor, chunk: int, small: bool) ->
     dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
     logits = hidden.new_empty(0 if small else chunk, weight.shape[0])
     for x, dx in zip(hidden.split(chunk), dhidden.split(chunk), strict=True):
-        if runs_onednn(hidden):
+        if runs_onednn(hidden, hidden.dtype):
             made = product(x, weight) if small else logits[: len(x)]
             if not small:
                 product_into(made, x, weight)

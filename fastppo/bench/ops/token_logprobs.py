@@ -97,7 +97,7 @@ def exact(hidden: Tensor, weight: Tensor, rows: Rows) -> Pair:
 
 
 def one_product(hidden: Tensor, weight: Tensor) -> Outputs:
-    return {"logits": product(hidden, weight) if runs_onednn(hidden) else torch.mm(hidden, weight.T)}
+    return {"logits": product(hidden, weight) if runs_onednn(hidden, hidden.dtype) else torch.mm(hidden, weight.T)}
 
 
 def variants(p: HeadProblem, gradient: bool) -> dict[str, Variant | str]:

@@ -7,6 +7,7 @@ from fastppo_kernels.gpu.scale import scale_
 from fastppo_kernels.gpu.sequences import gae, moments, token_rewards
 from fastppo_kernels.gpu.tokens import ppo_tokens
 from fastppo_kernels.gpu.values import linear_value_rows, value_rows
+from fastppo_kernels.table import table_sums
 
 __all__ = [
     "decode_attention",
@@ -19,6 +20,7 @@ __all__ = [
     "ppo_tokens",
     "sample",
     "scale_",
+    "table_sums",
     "token_rewards",
     "value_rows",
 ]

@@ -6,6 +6,7 @@ from fastppo_kernels.native.library import ABI_VERSION, library_path, load
 from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
 from fastppo_kernels.native.sampling import sample
 from fastppo_kernels.native.sequences import gae, moments, token_rewards
+from fastppo_kernels.native.tables import table_sums
 from fastppo_kernels.native.values import linear_value_rows, value_rows
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ppo_rows",
     "ppo_tokens",
     "sample",
+    "table_sums",
     "token_rewards",
     "value_rows",
 ]

@@ -40,6 +40,12 @@ def given(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor |
     return tuple(x if need else None for x, need in zip(gradients, wanted, strict=True))
 
 
+def fake_gradient(x: Tensor, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Fakes of (loss, gradient of the rows of `x`, sums)."""
+    loss, table, sums = fake_table(x, columns)
+    return loss, table[:, 0].clone(), sums
+
+
 def fake_table(x: Tensor, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """Fakes of (loss, table, sums) of the rows of `x`."""
     like = {"dtype": working_dtype(x), "device": x.device}

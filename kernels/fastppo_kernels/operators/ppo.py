@@ -1,7 +1,7 @@
 """The PPO losses. The gradient is made along with the loss; backward only multiplies it by grad_output.
 
 Each returns (loss (), PPO table (R, 16), its sums (3, 16), gradients ...); see `fastppo_kernels.table`. A gradient has
-no element where it is not wanted.
+no element where it is not wanted. `ppo_tokens` returns the gradient of the log-probs in place of the table.
 """
 
 from types import ModuleType
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastppo_kernels import backend as backends
 from fastppo_kernels.head import ChunkedHead, exact_products
-from fastppo_kernels.operators.common import fake_table, like_or_empty, ppo_rows, side_by_side, vector
+from fastppo_kernels.operators.common import fake_gradient, fake_table, like_or_empty, ppo_rows, side_by_side, vector
 from fastppo_kernels.operators.scale import keep_gradients, scaled
 from fastppo_kernels.reference import PPORows, working_dtype
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS, with_sums
 
-DLOGPROB, LIVE = PPO_COLUMNS.index("dlogprob"), PPO_COLUMNS.index("live")
+DLOGPROB = PPO_COLUMNS.index("dlogprob")
 
 
 @torch.library.custom_op("fastppo::ppo_tokens", mutates_args=())
@@ -33,12 +33,14 @@ def ppo_tokens(
     settings: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, table, sums) from log-probs (R,) and, with an entropy bonus, entropies (R,)."""
+    """(loss, d loss / d log-probs (R,), sums) from log-probs (R,) and, with an entropy bonus, entropies (R,)."""
     dtype = working_dtype(logprobs)
     rows = ppo_rows(dtype, old_logprobs, advantages, weights, ref_logprobs, is_weights)
     entropy = None if entropy is None else vector(entropy, dtype)
     decoded = PPOSettings.decoded(settings)
-    return with_sums(backends.load(backend).ppo_tokens(vector(logprobs, dtype), entropy, rows, decoded))
+    module = backends.load(backend)
+    loss, table, sums = with_sums(module.ppo_tokens(vector(logprobs, dtype), entropy, rows, decoded), module)
+    return loss, table[:, DLOGPROB].contiguous(), sums
 
 
 @torch.library.custom_op("fastppo::logits_ppo", mutates_args=())
@@ -69,7 +71,7 @@ def logits_ppo(
         entropy=entropy,
         dlogits=dlogits if grad else None,
     )
-    return *with_sums(table), dlogits
+    return *with_sums(table, backends.load(backend)), dlogits
 
 
 @torch.library.custom_op("fastppo::logits_ppo_", mutates_args=("logits",))
@@ -101,7 +103,7 @@ def logits_ppo_(
     )
     if z is not logits:
         logits.copy_(z)
-    return with_sums(table)
+    return with_sums(table, backends.load(backend))
 
 
 @torch.library.custom_op("fastppo::linear_ppo", mutates_args=())
@@ -145,7 +147,7 @@ def linear_ppo(
     if live is not None and live.dtype != torch.bool:
         table = table.new_zeros(hidden.shape[0], table.shape[1]).index_copy(0, live, table)
         dhidden = dhidden.new_zeros(hidden.shape).index_copy(0, live, dhidden) if wanted[0] else dhidden
-    return *with_sums(table), dhidden, dweight, dbias
+    return *with_sums(table, module), dhidden, dweight, dbias
 
 
 def _chunk(
@@ -179,7 +181,7 @@ def _live_rows(weights: Tensor) -> Tensor | None:
 
 @ppo_tokens.register_fake
 def _(logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs, is_weights, settings, backend):
-    return fake_table(logprobs, PPO_COLUMNS)
+    return fake_gradient(logprobs, PPO_COLUMNS)
 
 
 @logits_ppo.register_fake
@@ -219,20 +221,21 @@ def _scale(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
 
 def _keep_tokens(ctx: Any, inputs: Any, output: Any) -> None:
     logprobs, entropy, _, _, weights, _, _, settings, _ = inputs
-    ctx.save_for_backward(output[1], weights)
+    ctx.save_for_backward(output[1], None if entropy is None else weights)
+    ctx.set_materialize_grads(False)  # no zeros as large as what is returned beside the loss
     ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
     ctx.entropy_coef = PPOSettings.decoded(settings).entropy_coef
 
 
-def _tokens_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    table, weights = ctx.saved_tensors
+def _tokens_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 9
+    made, weights = ctx.saved_tensors
     logprob_dtype, entropy_dtype = ctx.dtypes
-    dlogprobs = (table[:, DLOGPROB] * dloss).to(logprob_dtype)
     dentropy = None
     if entropy_dtype is not None:
-        live_weights = torch.where(table[:, LIVE] != 0, weights.to(table.dtype), 0)
-        dentropy = (-ctx.entropy_coef * live_weights * dloss).to(entropy_dtype)
-    return dlogprobs, dentropy, *[None] * 7
+        dentropy = (-ctx.entropy_coef * weights.to(made.dtype) * dloss).to(entropy_dtype)
+    return (made * dloss).to(logprob_dtype), dentropy, *[None] * 7
 
 
 ppo_tokens.register_autograd(_tokens_backward, setup_context=_keep_tokens)

@@ -1,4 +1,4 @@
-"""The critic's losses: (loss (), value table (R, 8), its sums (3, 8), gradients ...)."""
+"""The critic's losses: (loss (), value table (R, 8), its sums (3, 8), gradients ...); `value` returns no table."""
 
 from types import ModuleType
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastppo_kernels import backend as backends
 from fastppo_kernels.head import exact_products
-from fastppo_kernels.operators.common import fake_table, like_or_empty, vector
+from fastppo_kernels.operators.common import fake_gradient, fake_table, like_or_empty, vector
 from fastppo_kernels.operators.scale import keep_gradients, scaled
 from fastppo_kernels.reference import working_dtype
 from fastppo_kernels.table import VALUE_COLUMNS, with_sums
@@ -21,9 +21,11 @@ SCRATCH_ROWS = 4096  # of hidden states whose gradient nobody wants
 def value(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, table, sums) from values (R,)."""
+    """(loss, d loss / d values (R,), sums of the table) from values (R,)."""
     vectors = (vector(x, working_dtype(values)) for x in (values, old_values, returns, weights))
-    return with_sums(backends.load(backend).value_rows(*vectors, clip))
+    module = backends.load(backend)
+    loss, table, sums = with_sums(module.value_rows(*vectors, clip), module)
+    return loss, table[:, DVALUE].contiguous(), sums
 
 
 @torch.library.custom_op("fastppo::linear_value", mutates_args=())
@@ -52,7 +54,7 @@ def linear_value(
         dweight.copy_(made)
     if wanted[2]:
         dbias.copy_(table[:, DVALUE].sum().expand(dbias.shape))
-    return *with_sums(table), dhidden, dweight, dbias
+    return *with_sums(table, backends.load(backend)), dhidden, dweight, dbias
 
 
 def _head_only(
@@ -70,7 +72,7 @@ def _head_only(
 
 @value.register_fake
 def _(values, old_values, returns, weights, clip, backend):
-    return fake_table(values, VALUE_COLUMNS)
+    return fake_gradient(values, VALUE_COLUMNS)
 
 
 @linear_value.register_fake
@@ -78,14 +80,14 @@ def _(hidden, weight, bias, old_values, returns, weights, clip, wanted, backend)
     return *fake_table(hidden, VALUE_COLUMNS), *like_or_empty((hidden, weight, bias), wanted)
 
 
-def _keep_table(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[1])
+def _keep_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    keep_gradients(ctx, output[1])
     ctx.dtype = inputs[0].dtype
 
 
-def _value_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (table,) = ctx.saved_tensors
-    return (table[:, DVALUE] * dloss).to(ctx.dtype), *[None] * 5
+def _value_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    (made,) = ctx.saved_tensors
+    return None if dloss is None else (made * dloss).to(ctx.dtype), *[None] * 5
 
 
 def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
@@ -96,5 +98,5 @@ def _linear_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | 
     return *scaled(ctx.saved_tensors, dloss, ctx.needs_input_grad[:3]), *[None] * 6
 
 
-value.register_autograd(_value_backward, setup_context=_keep_table)
+value.register_autograd(_value_backward, setup_context=_keep_gradient)
 linear_value.register_autograd(_linear_backward, setup_context=_keep_gradients)
