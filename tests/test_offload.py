@@ -30,7 +30,7 @@ from fastppo.memory.ledger import Ledger
 from fastppo.microbatch import gather
 from fastppo.offload.layers import Streamer, size_of, split, streamed_bytes
 from fastppo.offload.mover import Copies, Mover, coming, tensors_of
-from fastppo.offload.roles import of_frozen
+from fastppo.offload.roles import of_frozen, optimizer_tensors
 from fastppo.resume import LATEST
 from fastppo.rewards import to_samples
 from test_checkpoint import assert_same_run, back_to
@@ -235,7 +235,7 @@ def test_a_forward_that_failed_leaves_no_layer_to_the_next(monkeypatch: pytest.M
         with pytest.raises(torch.OutOfMemoryError):
             models.hidden_states(model, batch)
         assert torch.equal(models.hidden_states(model, batch), expected)
-        assert sum(mover.is_here for mover in streamer.layers) == 1
+        assert sum(mover.is_here for mover in streamer.layers) == 2
     assert not any(mover.is_here for mover in streamer.layers)
 
 
@@ -393,6 +393,10 @@ def test_a_checkpoint_is_of_neither_place(to: str) -> None:
     for made in (undisturbed, stopped):
         iteration(made)
     resumed.load(stopped.state(), sorted(state(stopped).items()))
+    for role in (resumed._policy, resumed._critic) if to == "move" else ():
+        assert role is not None and isinstance(role.optimizer_at, Mover)
+        waiting = {x.data_ptr() for x in role.optimizer_at.host.values()}
+        assert {x.data_ptr() for _, x in optimizer_tensors(role)} == waiting, "what was loaded waits elsewhere"
     resumed.generator.set_state(stopped.generator.get_state())
     assert iteration(undisturbed) == iteration(resumed)
     assert equal_weights(state(undisturbed), state(resumed))

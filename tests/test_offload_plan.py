@@ -73,7 +73,7 @@ def test_a_streamed_model_takes_less_than_one_that_moves(tmp_path: Path) -> None
     assert plans["stream"].phases[-1].parts == plans["move"].phases[-1].parts
 
 
-@pytest.mark.parametrize("sent", [["reference"], [*ALL]])
+@pytest.mark.parametrize("sent", [["reference"], ["critic_optimizer", "policy_optimizer"], [*ALL]])
 def test_what_fits_by_sending_away_what_waits_gives_up_nothing_else(sent: list[str], tmp_path: Path) -> None:
     """The first way; and no more is sent away than it takes."""
     small = {"ppo": {"num_minibatches": 4, "max_tokens_per_microbatch": 1024}, "rollout": {"max_rows": 1}}

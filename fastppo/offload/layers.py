@@ -30,7 +30,6 @@ class Streamer:
         self.layers = [Mover(partial(list, tensors), home, copies) for _, tensors in layers]
         for i, (layer, _) in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._enter, i))
-            layer.register_forward_hook(partial(self._exit, i))
 
     def begin(self) -> None:
         self.rest.begin()
@@ -49,12 +48,9 @@ class Streamer:
         following = (i + 1) % len(self.layers)
         for j, layer in enumerate(self.layers):
             if j not in (i, following):
-                layer.leave()  # of a forward that failed
+                layer.leave()  # the one before, and what a forward that failed has left
         self.layers[i].arrive()
         self.layers[following].begin()
-
-    def _exit(self, i: int, *_: Any) -> None:
-        self.layers[i].leave()
 
 
 def split(model: nn.Module) -> tuple[list[tuple[nn.Module, list[tuple[str, Tensor]]]], list[tuple[str, Tensor]]]:
