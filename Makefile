@@ -22,8 +22,9 @@ help:
 demo: $(VENV)/.ready
 	$(BIN)/fastppo demo --out runs/demo
 
+# Two processes: every test computes on one thread.
 test: $(VENV)/.ready-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.ready-dev
 	$(BIN)/pytest -m slow

@@ -3,8 +3,8 @@
 # peers, an iteration by phase on the shapes that fit, bitwise repeats, the sanitizer over the row kernel, memory planned
 # against measured, sampling.
 #   bash bench/gpu_suite.sh [--out DIR] [--wheels DIR] [--rehearse]
-# --out (bench/results): DEVICE-*.jsonl, and logs in suite-DEVICE/. A part that is done is not run again: the same command
-# goes on where the last one stopped; remove suite-DEVICE/ to start over. A part that fails does not stop the next; the
+# --out (bench/results): DEVICE-*.jsonl, and logs in suite-DEVICE/. A part that is done is not run again, nor is a
+# measurement that DEVICE-*.jsonl has: the same command goes on where the last one stopped; remove both to start over. A part that fails does not stop the next; the
 # exit status is 1 if any did. PYTHON=... picks an interpreter with fastppo, pytest and hypothesis. No network is used:
 # --wheels installs what is missing from a folder (the peers are optional; a missing one is a row that says so):
 #   pip download --no-deps -d wheels hypothesis sortedcontainers tyro docstring-parser typeguard liger-kernel trl
@@ -45,7 +45,6 @@ part() { # name, seconds it may take, command...
         return
     fi
     printf '\n=== [%4d s] %s\n' "$SECONDS" "$1"
-    rm -f "$out/$slug-$1.jsonl"
     timeout "$([[ -n $rehearse ]] && echo 0 || echo "$2")" "${@:3}" 2>&1 | tee "$logs/$1.log" && touch "$logs/$1.done" || { echo "$1 FAILED"; failed=1; }
 }
 
@@ -97,11 +96,11 @@ export -f beside laws tests sanitizer memory
 
 "$PYTHON" -c "from fastppo.doctor import doctor; doctor()" | tee "$logs/doctor.txt"
 part tests 170 bash -c tests
-part kernels 150 "$PYTHON" -m fastppo bench kernels "${quick[@]}" "${ops[@]}" --seconds 1 --out "$out/$slug-kernels.jsonl"
-part step 75 "$PYTHON" -m fastppo bench step "${quick[@]}" --rounds 3 --out "$out/$slug-step.jsonl"
+part kernels 150 "$PYTHON" -m fastppo bench kernels --go-on "${quick[@]}" "${ops[@]}" --seconds 1 --out "$out/$slug-kernels.jsonl"
+part step 75 "$PYTHON" -m fastppo bench step --go-on "${quick[@]}" --rounds 3 --out "$out/$slug-step.jsonl"
 part determinism 25 "$PYTHON" -m pytest tests/gpu -q -W default -p no:cacheprovider -k hundred
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 60 bash -c sanitizer
 part memory 20 bash -c memory
-part rollout 35 "$PYTHON" -m fastppo bench rollout "${quick[@]}" "${models[@]}" --seconds 2 --out "$out/$slug-rollout.jsonl"
+part rollout 35 "$PYTHON" -m fastppo bench rollout --go-on "${quick[@]}" "${models[@]}" --seconds 2 --out "$out/$slug-rollout.jsonl"
 printf '\n[%4d s] %s\n' "$SECONDS" "$([[ $failed == 0 ]] && echo "all parts ran" || echo "see $logs")"
 exit $failed

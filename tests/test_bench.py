@@ -105,6 +105,15 @@ def test_the_limit_is_the_users_and_peers_are_not_judged(tmp_path: Path):
     assert limits == {1.1: 1, 1.25: 0}
 
 
+def test_what_can_no_longer_be_measured_is_an_error(tmp_path: Path, capsys):
+    both = [record("a", [1.0] * 9), record("b", [1.0] * 9)]
+    gone = {key: value for key, value in record("b", [1.0]).items() if "ms" not in key} | {"skipped": "out of memory"}
+    old, new = written(tmp_path / "old", both), written(tmp_path / "new", [both[0], gone])
+    assert bench(["compare", str(old), str(new)]) == 1
+    assert "LOST  kernels b fastppo R=4: not timed any more, out of memory" in capsys.readouterr().out
+    assert bench(["compare", str(old), str(written(tmp_path / "part", both[:1]))]) == 0
+
+
 def test_files_that_share_nothing_and_lines_that_are_no_records_are_refused(tmp_path: Path):
     one, other = written(tmp_path / "one", [record("a", [1.0])]), written(tmp_path / "two", [record("b", [1.0])])
     with pytest.raises(InputError, match="nothing to compare"):
@@ -146,6 +155,24 @@ def test_a_red_check_prints_no_speed(tmp_path: Path, capsys):
     assert "median_ms" not in lines["peer"] and "not timed" in lines["peer"]["skipped"]
     assert lines["absent"]["skipped"] == "not installed" and lines["fastppo"]["median_ms"] > 0
     assert {r["variant"] for r in records.read(out)} == {"fastppo", "peer", "absent"}
+
+
+def test_going_on_leaves_out_what_is_there(tmp_path: Path):
+    out, made = str(tmp_path / "out"), case(1.0, 1.0)
+    arguments.run(arguments.parser(None), lambda _: [made], ["--device", "cpu", "--seconds", "0.01", "--out", out])
+    before = (tmp_path / "out").read_bytes()
+    again = ["--device", "cpu", "--seconds", "0.01", "--out", out, "--go-on"]
+    arguments.run(arguments.parser(None), lambda _: [made], again)
+    assert (tmp_path / "out").read_bytes() == before
+    arguments.run(arguments.parser(None), lambda _: [made], again[:-1])
+    assert len(records.read(tmp_path / "out")) == 2 * 3
+
+
+def test_what_was_compared_with_nothing_has_no_error(tmp_path: Path):
+    made = case(1.0, 1.0)
+    made.variants["products"] = harness.Variant(run=lambda: {}, truth={})
+    lines = {r["variant"]: r for r in harness.measure(made, options())}
+    assert "error" not in lines["products"] and lines["peer"]["error"] == 0
 
 
 def test_a_record_says_what_it_belongs_to(tmp_path: Path):
@@ -304,6 +331,16 @@ def test_a_page_has_a_table_for_what_was_timed_and_a_reason_for_what_was_not(tmp
     (text,) = pages.pages(tmp_path / "results", tmp_path / "docs" / "page.md").values()
     assert "## A GPU" in text and "absent: not timed, no" in text and "torch 2.13" in text
     assert "| fastppo | 9.25 |  |" in text and "1.5" in text and text.count("| fastppo |") == 1  # the last one counts
+
+
+def test_numbers_of_threads_do_not_share_a_table(tmp_path: Path):
+    folder, docs = tmp_path / "results", tmp_path / "docs" / "page.md"
+    folder.mkdir()
+    lines = [record("a", [8.0] * 9), record("a", [80.0] * 9, variant="torch eager"), record("a", [4.0] * 9)]
+    lines[2]["machine"] = lines[2]["machine"] | {"threads": 2}
+    records.append(folder / "one.jsonl", lines)
+    page = pages.pages(folder, docs)[docs]
+    assert page.count("| fastppo |") == 2 and "**a threads=1 R=4**" in page and "**a threads=2 R=4**" in page
 
 
 def test_records_are_json_without_nan():

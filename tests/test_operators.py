@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastppo_kernels import (
     gae,
+    linear,
     linear_ppo_loss,
     linear_value_loss,
     logits_ppo_loss,
@@ -84,6 +85,16 @@ def test_registrations_hold(case: int, backend: str) -> None:
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registrations_hold_for_few_rows(count: int, backend: str) -> None:
+    few = (row()[:count] for _ in range(8))
+    old, advantages, returns, w, x, entropy, ref, is_weights = few
+    leaves = x.requires_grad_(), entropy.requires_grad_()
+    torch.library.opcheck(operators.ppo_tokens, (*leaves, old, advantages, w, ref, is_weights, SETTINGS, backend))
+    torch.library.opcheck(operators.value, (leaves[0], old, returns, w, 0.2, backend))
+
+
 def test_registrations_hold_in_bfloat16() -> None:
     for operator, arguments in cases(BACKENDS[0], torch.bfloat16)[:3]:
         torch.library.opcheck(
@@ -112,21 +123,39 @@ def compiled_cases() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
             (leaf(R, H), leaf(V, H)),
         ),
         "value_loss": (lambda v: value_loss(v, old, adv, w)[0], (leaf(R),)),
+        "linear": (lambda x, W, b: linear(x, W, b).relu(), (leaf(R, H), leaf(V, H), leaf(V))),
         "linear_value_loss": (lambda h, W: linear_value_loss(h, W, None, old, adv, w)[0], (leaf(R, H), leaf(H))),
     }
 
 
+@pytest.mark.parametrize("name", [name for name in compiled_cases() if name != "linear"])
+def test_no_gradient_of_a_gradient_is_silently_zero(name: str) -> None:
+    function, inputs = compiled_cases()[name]
+    loss = function(*inputs)
+    with pytest.raises(RuntimeError):
+        gradients = torch.autograd.grad(loss.sum(), inputs, create_graph=True)
+        (loss.sum() + sum(g.square().sum() for g in gradients)).backward()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "exact"),
+    [
+        ("aot_eager", True),
+        pytest.param("inductor", False, marks=pytest.mark.slow),  # whose own code around the operator rounds otherwise
+    ],
+)
 @pytest.mark.parametrize("name", list(compiled_cases()))
-def test_compiled_whole_it_is_the_same_function(name: str) -> None:
+def test_compiled_whole_it_is_the_same_function(name: str, compiler: str, exact: bool) -> None:
     torch._dynamo.reset()
     function, inputs = compiled_cases()[name]
     expected = function(*inputs)
     gradients = torch.autograd.grad(expected.sum(), inputs)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     actual = compiled(*inputs)
-    assert torch.equal(actual, expected)
+    rtol, atol = (0.0, 0.0) if exact else (1e-5, 1e-6)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
     for a, b in zip(torch.autograd.grad(actual.sum(), inputs), gradients, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_what_has_no_gradient_compiles_too() -> None:

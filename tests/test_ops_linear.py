@@ -46,6 +46,30 @@ def test_an_expanded_upstream_gradient_and_a_strided_input():
     torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(5, 8))
 
 
+def test_a_gradient_can_be_differentiated_again():
+    given = [torch.randn(shape) for shape in ((4, 8), (6, 8), (6,))]
+
+    def penalty(fn, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        gradients = torch.autograd.grad(fn(*leaves).pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), leaves)
+
+    made = penalty(linear, torch.float32), penalty(F.linear, torch.float32), penalty(F.linear, torch.float64)
+    for name, ours, theirs, truth in zip(("x", "weight", "bias"), *made, strict=True):
+        assert_as_accurate(name, ours, theirs, truth)
+
+
+def test_autocast_is_obeyed():
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_dtypes_that_differ_are_named():
+    with pytest.raises(RuntimeError, match="same dtype"):
+        linear(torch.randn(2, 4), torch.randn(3, 4).bfloat16())
+
+
 def test_no_rows_give_no_rows():
     weight = torch.randn(3, 4, requires_grad=True)
     out = linear(torch.randn(0, 4), weight)

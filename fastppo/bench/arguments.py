@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from fastppo.bench import harness
+from fastppo.bench import harness, records
+from fastppo.bench.records import Record
 
 
 def parser(doc: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
@@ -35,6 +37,7 @@ def add_common(made: argparse.ArgumentParser) -> None:
     made.add_argument("--commit", help="what to call the commit; default: what git says")
     made.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     made.add_argument("--out", type=Path, help="append JSON lines here")
+    made.add_argument("--go-on", action="store_true", help="leave out what --out has already")
 
 
 def boolean(text: str) -> bool:
@@ -74,4 +77,14 @@ def run(
     """A whole op: every case of the options on the command line."""
     options = start(made, argv)
     for case in cases(options):
-        harness.measure(case, options)
+        if not is_there(harness.head(case), options):
+            harness.measure(case, options)
+
+
+def is_there(wanted: Record, options: argparse.Namespace) -> bool:
+    """Whether --go-on was asked for and --out holds records with the suite, op and setting of this one."""
+    if not options.go_on or options.out is None or not options.out.exists():
+        return False
+    names = ("suite", "op", "setting")
+    asked = [json.loads(json.dumps(wanted[name])) for name in names]
+    return any([line.get(name) for name in names] == asked for line in records.read(options.out))

@@ -111,7 +111,7 @@ def key_of(line: Record) -> Key:
 
 
 def compare(old: Path, new: Path, max_ratio: float) -> int:
-    """Print what moved; the number of fastppo's times that grew beyond noise and `max_ratio`.
+    """Print what moved; how many of fastppo's times grew beyond noise and `max_ratio`, or could not be measured again.
 
     Raises:
         ValueError: the files have nothing in common, or the ratio is no limit.
@@ -127,14 +127,23 @@ def compare(old: Path, new: Path, max_ratio: float) -> int:
     changes = [change(key, before[key], after[key]) for key in common]
     moved = sorted((c for c in changes if c.moved), key=lambda c: -c.ratio)
     worse = [c for c in moved if c.ratio > max_ratio]
+    lost = [key for key, why in _skipped(records.read(new)).items() if key in before]
     for c in moved:
         print(_line(c, c in worse))
-    missing = [key for key in before if key not in after and key[2].startswith(OURS)]
+    for key in lost:
+        print(f"LOST  {_name(key)}: not timed any more, {_skipped(records.read(new))[key]}")
+    missing = [key for key in before if key not in after and key not in lost and key[2].startswith(OURS)]
     print(
         f"{len(common)} measurements compared, {len(moved)} moved beyond noise (bands of the rounds apart, by more "
         f"than {_allowed(common)}), {len(worse)} slower by more than {max_ratio:g}x, {len(missing)} not measured again"
     )
-    return len(worse)
+    return len(worse) + len(lost)
+
+
+def _skipped(lines: Iterable[Record]) -> dict[Key, str]:
+    """What of fastppo's was to be measured and could not be, and why."""
+    ours = (line for line in lines if line["variant"].startswith(OURS))
+    return {key_of(line): line["skipped"] for line in ours if "skipped" in line}
 
 
 def _allowed(keys: Iterable[Key]) -> str:
@@ -143,7 +152,10 @@ def _allowed(keys: Iterable[Key]) -> str:
 
 
 def _line(c: Change, worse: bool) -> str:
-    suite, op, variant, setting, *_ = c.key
     verdict = "SLOWER" if worse else "slower" if c.ratio > 1 else "faster"
-    name = f"{suite} {op} {variant} {records.setting_text(json.loads(setting))}"
-    return f"{verdict} {c.ratio:.2f}x (band {c.low:.2f} to {c.high:.2f})  {name}"
+    return f"{verdict} {c.ratio:.2f}x (band {c.low:.2f} to {c.high:.2f})  {_name(c.key)}"
+
+
+def _name(key: Key) -> str:
+    suite, op, variant, setting, *_ = key
+    return f"{suite} {op} {variant} {records.setting_text(json.loads(setting))}"

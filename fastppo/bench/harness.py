@@ -48,6 +48,8 @@ class Variant:
     """Replaces that of the case for outputs laid out otherwise."""
     note: str = ""
     """What to know when comparing."""
+    graph: bool = True
+    """Whether, on a GPU, it is timed as a CUDA graph too: not what runs threads or waits for the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class Case:
     """Of the products' operands: which matmul rate to compare with."""
     tokens: float = 0.0
     """That the op works through; 0: not counted in tokens."""
+    facts: Record = field(default_factory=dict)
+    """Of this commit, to be read beside the numbers; not part of what is measured, which `setting` says."""
     suite: str = "kernels"
 
     @property
@@ -113,7 +117,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
     memory = {name: _peak_extra_bytes(v, options.device) for name, v in variants.items()}
     times = _rounds(variants, options)
     lines = [
-        {**_head(case), "variant": name, "note": v.note}
+        {**head(case), "variant": name, "note": v.note}
         | records.numbers(times[name].wall, case.work, options.device)
         | records.shortened(
             {
@@ -127,7 +131,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
         | _graph(v, options.device)
         for name, v in variants.items()
     ]
-    lines += [{**_head(case), "variant": name, "skipped": why} for name, why in skipped.items()]
+    lines += [{**head(case), "variant": name, "skipped": why} for name, why in skipped.items()]
     least = f"least: {case.num_bytes / 1e9:.3g} GB, {case.flops / 1e9:.4g} GFLOP"
     records.show(f"{case.op}  {records.setting_text(case.setting)}  {least}", lines)
     here = machine(options.device, options.seed, options.commit)
@@ -159,13 +163,13 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def check(variant: Variant, case: Case, leeway: float = 1.0) -> float:
-    """The largest relative error of the outputs.
+    """The largest relative error of the outputs; NaN where there is no truth to compare with.
 
     Raises:
         ValueError: it exceeds the case's tolerance times `leeway`, or is NaN.
     """
     error, allowed = _error(variant, case), case.tolerance * leeway
-    if not error <= allowed:
+    if not error <= allowed and (case.truth if variant.truth is None else variant.truth):
         raise ValueError(f"not timed: error {error:.1e} of {case.op} {case.setting} exceeds {allowed:.0e}")
     return error
 
@@ -185,7 +189,7 @@ def _error(variant: Variant, case: Case) -> float:
         variant.before()
     outputs, truth = variant.run(), case.truth if variant.truth is None else variant.truth
     if not truth:
-        return 0.0
+        return math.nan
     picked = (variant.pick or case.pick)(outputs)
     worst = [relative_error(picked[name], expected) for name, expected in truth.items()]
     return math.nan if any(map(math.isnan, worst)) else max(worst)
@@ -208,8 +212,7 @@ def _rounds(variants: dict[str, Variant], options: argparse.Namespace) -> dict[s
         if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for name, variant in timed.items():
-            flush()
-            wall, cpu = _time(variant, calls[name], options.device)
+            wall, cpu = _time(variant, calls[name], options.device, flush)
             times[name].wall.append(wall)
             times[name].cpu.append(cpu)
     return times
@@ -218,16 +221,17 @@ def _rounds(variants: dict[str, Variant], options: argparse.Namespace) -> dict[s
 def _calls(variant: Variant, device: str) -> int:
     """Calls per round, so that a round of a short variant lasts two milliseconds; a warm-up too."""
     if variant.before:
-        _time(variant, 1, device)
+        _time(variant, 1, device, lambda: None)
         return 1
-    seconds = _time(variant, 1, device)[0]
+    seconds = _time(variant, 1, device, lambda: None)[0]
     return max(1, min(200, math.ceil(2e-3 / max(seconds, 1e-6))))
 
 
-def _time(variant: Variant, calls: int, device: str) -> tuple[float, float]:
-    """(wall, CPU) seconds per call."""
+def _time(variant: Variant, calls: int, device: str, flush: Callable[[], Any]) -> tuple[float, float]:
+    """(wall, CPU) seconds per call, the caches overwritten after what comes before it."""
     if variant.before:
         variant.before()
+    flush()
     return seconds_per_call(variant.run, calls, device)
 
 
@@ -236,7 +240,7 @@ def _graph(variant: Variant, device: str) -> Record:
 
     Between two events an eager call of a few short kernels takes as long as Python needs to launch them.
     """
-    if device == "cpu":
+    if device == "cpu" or not variant.graph:
         return {}
     if variant.before:
         variant.before()
@@ -277,5 +281,5 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _head(case: Case) -> Record:
-    return {"suite": case.suite, "op": case.op, "setting": case.setting}
+def head(case: Case) -> Record:
+    return {"suite": case.suite, "op": case.op, "setting": case.setting, **case.facts}

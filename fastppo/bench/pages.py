@@ -14,12 +14,16 @@ from fastppo.bench.step import PHASES
 
 INTRO = """# Benchmarks
 
-Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again after adding some. What an op computes
-was checked against float64 before it was timed, and an iteration for its optimizer steps and its first ratio. Times are
-medians over rounds in which all variants ran in turn, with the 20th and 80th percentiles; "x fastppo" is the median
-over rounds of the ratio. "of floor" is the least time that the least bytes or the least operations take at the copy and
-matmul rates measured on the same machine, over the time; "MFU" is the share of that matmul rate (for a step, model
-operations, none counted twice).
+Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again after adding some.
+
+- error: of an op, checked against float64 before it is timed, the largest difference over the largest number; of
+  sampling, the gap between the log-probs of the tokens and the trainer's, as a share of what is allowed. A dash:
+  nothing to compare with. An iteration is checked for its optimizer steps and its first ratio.
+- times: medians over rounds in which all variants ran in turn, with the 20th and 80th percentiles; "x fastppo" is the
+  median over rounds of the ratio.
+- of floor: the least time that the least bytes or the least operations take at the copy and matmul rates measured on
+  the same machine, over the time. MFU: the share of that matmul rate (for a step, model operations, none counted
+  twice).
 
 [benchmarking.md](benchmarking.md) says how to repeat them.
 """
@@ -81,8 +85,8 @@ def newest(lines: Iterable[Record]) -> list[Record]:
     """Of measurements of the same thing, the last; in order of first appearance."""
     found: dict[tuple[str, ...], Record] = {}
     for line in lines:
-        name = (line.get("suite", ""), line["op"], str(line["setting"]), line["variant"], line["machine"]["device"])
-        found[name] = line
+        what = line.get("suite", ""), line["op"], str(line["setting"]), line["variant"]
+        found[*what, line["machine"]["device"], str(line["machine"].get("threads", 0))] = line
     return list(found.values())
 
 
@@ -97,7 +101,8 @@ def by(lines: Iterable[Record], key: Callable[[Record], str]) -> list[tuple[str,
 def group_of(r: Record) -> str:
     """What shares a table: the variants of a case; the phases of a setting."""
     first = "" if r["suite"] == "step" else r["op"]
-    return f"{first} {records.setting_text(r['setting'])}".strip()
+    threads = {} if "threads" not in r["machine"] else {"threads": r["machine"]["threads"]}
+    return f"{first} {records.setting_text({**threads, **r['setting']})}".strip()
 
 
 def machine_text(lines: Sequence[Record]) -> str:

@@ -41,7 +41,8 @@ LARGEST_RATIO = {"float32": 1.01, "bfloat16": 1.2}  # of the policy to itself be
 def run(options: argparse.Namespace) -> list[Record]:
     """Measure, print and keep every setting; one that cannot run is a record that says why."""
     made: list[Record] = []
-    for _, group in groupby(settings(options), key=lambda s: s.model):
+    missing = (s for s in settings(options) if not arguments.is_there(head(s, "iteration"), options))
+    for _, group in groupby(missing, key=lambda s: s.model):
         chosen = list(group)
         why = cannot(chosen[0], options.device)
         try:
@@ -198,10 +199,9 @@ def phase_records(
     peaks: dict[str, float], ticks: list[float],
 ) -> Iterator[Record]:  # fmt: skip
     """A record for each phase that ran, and one for the iteration."""
-    dtype = torch.float32 if device == "cpu" else sizes.dtype
     options: dict[str, Any] = {"epochs": setting.epochs, "minibatches": setting.minibatches, "state_bytes": state}
     options["trains_base"] = setting.training == "full"
-    parts = work.phases(sizes, batch, dtype, rows=min(512, setting.prompts), **options)
+    parts = work.phases(sizes, batch, sizes.dtype, rows=min(512, setting.prompts), **options)
     ran = [phase for phase in PHASES if phase in rounds[0]]
     parts["iteration"] = work.together((parts[phase] for phase in ran), batch.tokens)
     for op in (*ran, "iteration"):

@@ -93,7 +93,7 @@ def phases(
     """The work of each phase.
 
     Args:
-        dtype: that weights are multiplied in; a CPU multiplies bfloat16 in float32.
+        dtype: that weights are multiplied in. (On a CPU the LM head alone is multiplied in float32 whatever it is.)
         rows: sequences decoded at a time.
         state_bytes: that one optimizer step of policy and critic must move; see `step_bytes`.
         trains_base: False for LoRA, whose backward makes no gradient of the weights: as much again as the forward.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastppo_kernels.checks import check_device, check_shape
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 TILE_BYTES = 1 << 20  # of one result of `product`, which is new memory: so much stays in the cache of a core
 
 
@@ -30,7 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
     check_device(x=x, weight=weight, bias=bias)
-    if not runs_onednn(x, x.dtype) or x.numel() == 0:
+    alike = all(t is None or t.dtype == x.dtype for t in (weight, bias))  # else let PyTorch say what is wrong
+    if not runs_onednn(x, x.dtype) or x.numel() == 0 or not alike or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -41,14 +43,26 @@ def runs_onednn(x: Tensor, dtype: torch.dtype) -> bool:
         x.device.type == "cpu"
         and dtype == torch.float32
         and os.environ.get("FASTPPO_BACKEND") != "reference"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and HAS_ONEDNN
     )
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T (+ bias) by oneDNN; float32 matrices on the CPU, transposed views allowed."""
+    if torch.compiler.is_compiling():
+        return _whole_product(a, b, bias)
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@torch.library.custom_op("fastppo::product", mutates_args=())
+def _whole_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """`product`, which Inductor does not look into: it takes oneDNN's operator for one with a constant weight."""
+    return product(a, b, bias)
+
+
+@_whole_product.register_fake
+def _(a, b, bias):
+    return a.new_empty(a.shape[0], b.shape[0])
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
@@ -96,7 +110,7 @@ class _Linear(torch.autograd.Function):
         (dy,), (x, weight) = grads, ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
-            product(dy, weight.T) if need_x else None,
-            product(dy.T, x.T) if need_weight else None,
+            _Linear.apply(dy, weight.T, None) if need_x else None,  # not `product`, which autograd does not know
+            _Linear.apply(dy.T, x.T, None) if need_weight else None,
             dy.sum(0) if need_bias else None,
         )

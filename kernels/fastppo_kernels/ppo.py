@@ -159,9 +159,10 @@ def linear_ppo_loss(
     """`ppo_loss` from hidden states and the LM head: differentiable in hidden, weight and bias.
 
     The gradient is made along with the loss, one chunk of logits at a time; without a gradient only the loss is made.
-    Memory beyond the gradients is one chunk of logits, and on the CPU float32 copies of bfloat16 inputs. Gradients are
-    accumulated in float32, and returned in the dtype of their input. On the CPU rows of weight 0 never enter a product;
-    on a GPU, which is not asked how many there are, they cost what the others cost: leave them out.
+    Memory beyond the gradients is one chunk of logits. Gradients are accumulated in float32 and returned in the dtype
+    of their input: until the end that of a bfloat16 weight takes 4 bytes an element, on the CPU that of `hidden` too.
+    There rows of weight 0 never enter a product; a GPU is not asked how many there are, and they cost what the others
+    cost: leave them out.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, chunk_size: as in `token_logprobs`. Targets of rows of

@@ -6,7 +6,7 @@ Least operations: three products of 2 * R * V * H each (logits, gradient of hidd
 make the logits again in the backward do 8 R V H. "three products" are those alone, with the operands and the library
 that the op uses on this device, on whole matrices and by chunks of rows as the op goes: compare with the faster of the
 two. Least bytes: hidden and weight read, their gradients written.
-`extra MB` is to be compared with one chunk of logits and the weight's gradient, which each setting states.
+`extra MB` is to be compared with one chunk of logits and the weight's gradient in float32, which each record states.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def cases(options: Any) -> Iterator[Case]:
         chunk = min(R, default_chunk_size(V, p.hidden.device)) * V * 4
         yield Case(
             op="linear_ppo_loss",
-            setting={"dtype": name, "entropy": entropy, "R": R, "H": H, "V": V}
-            | {"chunk_mb": round(chunk / 2**20, 1), "dweight_mb": round(V * H * dtype.itemsize / 2**20, 1)},
+            setting={"dtype": name, "entropy": entropy, "R": R, "H": H, "V": V},
+            facts={"chunk_mb": round(chunk / 2**20, 1), "dweight_float32_mb": round(V * H * 4 / 2**20, 1)},
             variants=variants(p),
             truth=head_truth(p),
             tolerance=1e-5 if dtype == torch.float32 else 1e-2,

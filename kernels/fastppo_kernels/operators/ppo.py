@@ -13,7 +13,7 @@ from torch import Tensor
 from fastppo_kernels import backend as backends
 from fastppo_kernels.head import ChunkedHead, exact_products
 from fastppo_kernels.operators.common import fake_gradient, fake_table, like_or_empty, ppo_rows, side_by_side, vector
-from fastppo_kernels.operators.scale import keep_gradients, scaled
+from fastppo_kernels.operators.scale import differentiated_once, keep_gradients, scaled
 from fastppo_kernels.reference import PPORows, working_dtype
 from fastppo_kernels.settings import HeadSettings, PPOSettings
 from fastppo_kernels.table import PPO_COLUMNS, with_sums
@@ -40,7 +40,7 @@ def ppo_tokens(
     decoded = PPOSettings.decoded(settings)
     module = backends.load(backend)
     loss, table, sums = with_sums(module.ppo_tokens(vector(logprobs, dtype), entropy, rows, decoded), module)
-    return loss, table[:, DLOGPROB].contiguous(), sums
+    return loss, table[:, DLOGPROB].clone(), sums
 
 
 @torch.library.custom_op("fastppo::logits_ppo", mutates_args=())
@@ -230,6 +230,7 @@ def _keep_tokens(ctx: Any, inputs: Any, output: Any) -> None:
 def _tokens_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 9
+    differentiated_once(dloss)
     made, weights = ctx.saved_tensors
     logprob_dtype, entropy_dtype = ctx.dtypes
     dentropy = None

@@ -35,10 +35,26 @@ def scaled(gradients: Sequence[Tensor], factor: Tensor | None, wanted: Sequence[
     They are scaled where they lie if autograd frees the graph after this backward, as nobody reads them again. If it
     keeps the graph (retain_graph=True) they stay what they are for the next backward, and copies are scaled; so are
     they where torch.compile traces this, whose graphs overwrite nothing.
+
+    Raises:
+        RuntimeError: see `differentiated_once`.
     """
     if factor is None:
         return (None,) * len(wanted)
+    differentiated_once(factor)
     return tuple(_scaled(x, factor) if need else None for x, need in zip(gradients, wanted, strict=True))
+
+
+def differentiated_once(factor: Tensor) -> None:
+    """To be called in a backward whose result has no gradient of its own.
+
+    Raises:
+        RuntimeError: with create_graph=True; the gradient of this gradient would silently be 0.
+    """
+    if torch.is_grad_enabled() and type(factor) is Tensor and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "this gradient was made along with the loss and cannot be differentiated again: leave out create_graph=True"
+        )
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:

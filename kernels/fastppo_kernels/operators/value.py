@@ -9,7 +9,7 @@ from torch import Tensor
 from fastppo_kernels import backend as backends
 from fastppo_kernels.head import exact_products
 from fastppo_kernels.operators.common import fake_gradient, fake_table, like_or_empty, vector
-from fastppo_kernels.operators.scale import keep_gradients, scaled
+from fastppo_kernels.operators.scale import differentiated_once, keep_gradients, scaled
 from fastppo_kernels.reference import working_dtype
 from fastppo_kernels.table import VALUE_COLUMNS, with_sums
 
@@ -25,7 +25,7 @@ def value(
     vectors = (vector(x, working_dtype(values)) for x in (values, old_values, returns, weights))
     module = backends.load(backend)
     loss, table, sums = with_sums(module.value_rows(*vectors, clip), module)
-    return loss, table[:, DVALUE].contiguous(), sums
+    return loss, table[:, DVALUE].clone(), sums
 
 
 @torch.library.custom_op("fastppo::linear_value", mutates_args=())
@@ -52,9 +52,10 @@ def linear_value(
             table, made = backends.load(backend).linear_value_rows(x, weight, bias, *vectors, clip, dhidden=target)
     if wanted[1]:
         dweight.copy_(made)
+    loss, table, sums = with_sums(table, backends.load(backend))
     if wanted[2]:
-        dbias.copy_(table[:, DVALUE].sum().expand(dbias.shape))
-    return *with_sums(table, backends.load(backend)), dhidden, dweight, dbias
+        dbias.copy_(sums[0, DVALUE].expand(dbias.shape))
+    return loss, table, sums, dhidden, dweight, dbias
 
 
 def _head_only(
@@ -86,8 +87,11 @@ def _keep_gradient(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _value_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 6
+    differentiated_once(dloss)
     (made,) = ctx.saved_tensors
-    return None if dloss is None else (made * dloss).to(ctx.dtype), *[None] * 5
+    return (made * dloss).to(ctx.dtype), *[None] * 5
 
 
 def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
