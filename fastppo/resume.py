@@ -15,6 +15,7 @@ from fastppo import checkpoint, distributed, kept_rollout
 from fastppo.checkpoint import Checkpoint
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
+from fastppo.config_offload import OffloadConfig
 from fastppo.config_watch import WatchConfig
 from fastppo.run import Run
 from fastppo.run_file import to_dict
@@ -32,6 +33,7 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
     *("train.loggers", "train.keep_best", "train.async_save", "train.keep_rollouts", "deterministic"),
     *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
+    *(f"offload.{f.name}" for f in fields(OffloadConfig)),
     *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
     *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
