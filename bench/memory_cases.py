@@ -14,6 +14,7 @@ from transformers import Qwen2Config
 from fastppo import PPOEngine, Prompts, RewardModel, RunConfig, WeightedRewards, models
 from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.setting import setting_of
+from fastppo.offload.roles import of_frozen
 from fastppo.run_file import from_dict
 
 PROMPT_TOKENS = 32
@@ -33,8 +34,10 @@ class Case:
     share: str = "none"
     optimizer: str = "adamw"
     masters: str = "float32"
+    offload: tuple[tuple[str, str], ...] = ()
 
 
+MOVED = tuple((key, "move") for key in ("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"))
 CASES = (
     Case("full"),
     Case("full, vocabulary 20000", vocab_size=20000),
@@ -46,6 +49,8 @@ CASES = (
     Case("lora, bfloat16, vocabulary 20000, checkpointing", 20000, "bfloat16", checkpointing=True, share="lora"),
     Case("full, 8-bit", optimizer="adamw-8bit"),
     Case("full, bfloat16, 8-bit, stochastic rounding", 20000, "bfloat16", optimizer="adamw-8bit", masters="stochastic"),
+    Case("full, bfloat16, everything moves", dtype="bfloat16", offload=MOVED),
+    Case("full, reference and reward stream", offload=(*MOVED[2:], ("reference", "stream"), ("reward", "stream"))),
 )
 
 
@@ -83,6 +88,7 @@ def config(case: Case, folder: Path) -> RunConfig:
         "rollout": {"num_prompts": 8, "max_new_tokens": 16, "temperature": 1.0},
         "ppo": {"num_epochs": 1, "num_minibatches": case.num_minibatches, "max_tokens_per_microbatch": case.max_tokens},
         "device": "cpu",
+        "offload": dict(case.offload),
     }
     return from_dict(RunConfig, tables)
 
@@ -106,7 +112,9 @@ def build(run: RunConfig, case: Case, device: str = "cpu") -> tuple[PPOEngine, W
         rollout=run.rollout,
         policy_optimizer=run.policy_optimizer,
         critic_optimizer=run.critic_optimizer,
+        offload=run.offload,
     )
+    reward.weights_at = of_frozen(reward.model, run.offload.reward, policy.device)
     return engine, WeightedRewards([reward])
 
 

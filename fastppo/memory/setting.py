@@ -27,18 +27,16 @@ def setting_of(
     Raises:
         ValueError: the config of a model cannot be read.
     """
-    rewards = [
-        (_model(r.target, "reward", config, device, dtype=r.dtype), r.batch_size) for r in _reward_models(config)
-    ]
     checkpointing = config.policy.gradient_checkpointing
     learns = {"optimizer": config.policy_optimizer, "memory": config.memory}
     return Setting(
         policy=_model(config.policy.path, "policy", config, device, gradient_checkpointing=checkpointing, **learns),
         critic=_critic(config, device),
         reference=_reference(config, device),
-        rewards=tuple(rewards),
+        rewards=tuple((_reward(r, config, device), r.batch_size) for r in _reward_models(config)),
         work=_work(config, prompt_tokens, world_size),
         roll_back=config.ppo.roll_back,
+        offload=config.offload,
     )
 
 
