@@ -67,6 +67,7 @@ tests() { # in several processes: nearly all of the time is spent compiling, on 
         laws rows_tokens tests/test_gpu_rows.py -k "tokens_answer or far_and_near"
         laws rows tests/test_gpu_rows.py -k "not table_and_gradient and not tokens_answer and not far_and_near"
         laws sampling tests/test_gpu_sampling.py
+        laws decode tests/test_ops_decode.py
         laws sequences tests/test_gpu_sequences.py
         laws values tests/test_gpu_values.py
     fi

@@ -61,16 +61,20 @@ class RolloutConfig:
     update has that much less."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Where the log-probs of the behaviour policy come from: the sampler, or a forward of the trainer.
-    `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer."""
+    `auto`: the sampler when it runs this module in float32 (the gap is rounding), else the trainer. `sampler` costs no
+    forward; a gap is then part of the ratio, which the objective clips, and gets no weights of its own."""
     gap_stop: float | None = None
     """Mean gap between the sampler's log-probs and the trainer's, in nats per token, over which a run stops: the
     sampler has other weights, another temperature or another arithmetic. None: 1e-3 for float32 weights, else 0.05."""
     gap_correct: float | None = None
     """Gap over which tokens of an engine that does not run this module in float32 get truncated importance weights,
     with a cap of 2 unless ppo.importance_cap says another. None: 1e-4 for float32 weights, else 1e-3."""
+    gap_response_factor: float = 10.0
+    """The mean gap of any single response may be this many times gap_correct and gap_stop. One of fewer than 16 tokens
+    counts as one of 16."""
 
     def __post_init__(self) -> None:
-        require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens")
+        require_positive("rollout", self, "num_prompts", "samples_per_prompt", "max_new_tokens", "gap_response_factor")
         require_positive("rollout", self, "temperature", "max_rows", "kv_gib", "gap_stop", "gap_correct")
         require(all(self.stop_sequences), f"a stop sequence has at least one token, got {self.stop_sequences}")
         require(

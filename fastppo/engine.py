@@ -107,7 +107,7 @@ class PPOEngine:
         For who samples and trains at the same time: `score` does it by itself for a rollout of the current policy.
 
         Raises:
-            RolloutError: the mean gap is over `rollout.gap_stop`.
+            RolloutError: a gap is over its limit (`rollout.gap_stop`).
         """
         few, once = probe.few(prompts, self.sampling, seed=self.version)
         rollout = self.generate(few, once)
@@ -205,7 +205,9 @@ class PPOEngine:
             loss_divisor=float(self.ppo.loss_divisor or self.config.max_new_tokens),
             train_policy=train_policy,
             on_policy=on_policy,
-            gap_limit=probe.limit_of_update(experience, self.version, self._gap_limits),
+            check_gap=probe.check_of_update(
+                experience, self.version, self._gap_limits, lambda: self._logprobs(self.policy, experience.rollout)
+            ),
         )
         for _, role in self._roles():
             role.fault = ""
@@ -309,7 +311,8 @@ class PPOEngine:
             return rollout.logprobs
         single_step = self.ppo.num_epochs * self.ppo.num_minibatches == 1
         in_reward = self.reference is not None and self.ppo.kl_in == "reward"
-        if single_step and not in_reward and cap is None and self.config.old_logprobs == "auto":
+        compared = rollout.logprobs is not None and rollout.policy_version == self.version  # a gap can be corrected
+        if single_step and not (in_reward or compared) and cap is None and self.config.old_logprobs == "auto":
             return None  # no forward
         return self._logprobs(self.policy, rollout)
 

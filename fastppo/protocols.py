@@ -11,7 +11,8 @@ SampleScores = list[float] | list[list[float]]
 """One score per sample, or one list per sample with a score for each response token."""
 
 OnFinish = Callable[[int, list[int], FinishReason], None]
-"""Told of each response as it ends: its place in the rollout, its token ids and how it ended."""
+"""Told of each response as it ends: its place in the rollout, its token ids and how it ended. A rollout that is redone
+for want of memory tells of the same responses again."""
 
 
 class RolloutEngine(Protocol):

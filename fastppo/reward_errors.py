@@ -2,13 +2,15 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from fastppo.batch import Sample
+from fastppo.early_scores import Heard
 from fastppo.endpoints import HTTPReward, RewardError, wait_s
 from fastppo.protocols import Reward
 
@@ -67,22 +69,30 @@ def plain(scores: Any) -> Any:
 
 def _one_by_one(reward: Reward, samples: Sequence[Sample], missing: dict[int, str]) -> list[Any]:
     """Scores of all samples, None where there is none: an endpoint is asked batch by batch, another reward for all and,
-    when it raises, for each."""
-    size = reward.batch_size if isinstance(reward, HTTPReward) else len(samples)
-    parts = (range(start, min(start + size, len(samples))) for start in range(0, len(samples), size))
-    return [score for places in parts for score in _some(reward, samples, places, missing)]
+    when it raises, for each. What was asked early is not asked again, but for the samples of a call that raised."""
+    early, rest = reward.calls(samples) if isinstance(reward, Heard) else ([], list(range(len(samples))))
+    reward = reward.reward if isinstance(reward, Heard) else reward
+    size = reward.batch_size if isinstance(reward, HTTPReward) else max(len(rest), 1)
+    parts = [rest[start : start + size] for start in range(0, len(rest), size)]
+    calls = early + [(places, partial(reward, [samples[i] for i in places])) for places in parts]
+    scores = {i: score for places, call in calls for i, score in _some(reward, samples, places, call, missing)}
+    return [scores[i] for i in range(len(samples))]
 
 
-def _some(reward: Reward, samples: Sequence[Sample], places: Sequence[int], missing: dict[int, str]) -> list[Any]:
+def _some(
+    reward: Reward, samples: Sequence[Sample], places: list[int], call: Callable[[], Any], missing: dict[int, str]
+) -> Iterable[tuple[int, Any]]:
+    """The samples at these places and their scores, from `call` or, where that raises, one by one."""
     try:
-        scores = plain(reward([samples[i] for i in places]))
+        scores = plain(call())
         if isinstance(scores, list) and len(scores) == len(places):
-            return scores
+            return zip(places, scores, strict=True)
         got = f"{len(scores)} scores" if isinstance(scores, list) else f"a {type(scores).__name__}"
         why = f"reward {reward.name!r} must return one score per sample ({len(places)}), got {got}"
     except RewardError as error:
         if error.divisible and len(places) > 1:
-            return [score for i in places for score in _some(reward, samples, [i], missing)]
+            each = (_some(reward, samples, [i], partial(reward, [samples[i]]), missing) for i in places)
+            return itertools.chain.from_iterable(each)
         why = str(error)
     missing |= dict.fromkeys(places, why)
-    return [None] * len(places)
+    return zip(places, itertools.repeat(None))

@@ -1,17 +1,21 @@
 """Rewards that score responses as they end: the same numbers, each response once, and no failure lost."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from batches import engine, prompts
-from fastppo import PPOEngine, Prompts, RewardError, Sample, Sampling, WeightedRewards
+from endpoint import serve_fixture  # noqa: F401
+from fastppo import HTTPReward, PPOEngine, Prompts, RewardError, Sample, Sampling, WeightedRewards
 from fastppo.config import VLLMConfig
 from fastppo.demo import make_tokenizer
+from fastppo.reward_errors import OnError
 from fastppo.rewards import FunctionReward, to_samples
 from vllm_protocol import Server, vllm_server_fixture  # noqa: F401
 
@@ -106,6 +110,101 @@ def test_a_reward_that_fails_early_fails(function: Any, message: str) -> None:
     rollout = trainer.generate(prompts(4), on_finish=early)
     with pytest.raises(RewardError, match=message):
         scorer(rollout, early)
+
+
+def fails_for(*places: int, how: str) -> Callable[[Sequence[Sample]], list[float]]:
+    """A reward of the length of a response, which fails for those of some records."""
+
+    def judge(samples: Sequence[Sample]) -> list[float]:
+        bad = [s.record["n"] in places for s in samples]
+        if how == "raises" and any(bad):
+            raise KeyError("no answer")
+        return [math.nan if b else float(len(s.response_ids)) for b, s in zip(bad, samples, strict=True)]
+
+    return judge
+
+
+def told(trainer: PPOEngine, scorer: WeightedRewards) -> tuple[Any, Any]:
+    """A rollout, and what heard of it."""
+    early = scorer.listen(GIVEN, 2)
+    return trainer.generate(GIVEN, Sampling(samples_per_prompt=2, seed=3), early), early
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+def test_samples_that_fail_early_are_left_out_as_they_would_be_late(how: str) -> None:
+    """Those and no others, of a call that fails too."""
+    trainer = engine(tiny.policy("qwen2"), rollout={"samples_per_prompt": 2, "max_rows": 4})
+    judge, other = fails_for(1, 3, how=how), FunctionReward(lengths)
+    scorer = WeightedRewards(
+        [FunctionReward(judge), other], early={"judge": 3, "lengths": 2}, on_errors=[OnError("skip"), OnError("fail")]
+    )
+    rollout, early = told(trainer, scorer)
+    one, late = scorer(rollout, early), scorer(rollout)
+    assert sorted(one.missing) == [2, 3, 6, 7] == sorted(late.missing) and one.counts == late.counts
+    assert one.missing == late.missing
+    for name in ("judge", "lengths"):
+        assert torch.equal(one.parts[name], late.parts[name])
+
+
+def test_of_an_endpoint_the_batches_that_fail_early_are_left_out_and_not_asked_again(serve: Any) -> None:
+    asked: list[list[int]] = []
+
+    def reply(samples: list[dict[str, Any]]) -> Any:
+        asked.append([s["record"]["n"] for s in samples])
+        return 500 if any(s["record"]["n"] == 3 for s in samples) else {"scores": [1.0] * len(samples)}
+
+    reward = HTTPReward(serve(reply).url, name="judge", batch_size=1, retries=0)
+    scorer = WeightedRewards([reward], early={"judge": 1}, on_errors=[OnError("skip")])
+    trainer = engine(tiny.policy("qwen2"), rollout={"samples_per_prompt": 2})
+    scores = scorer(*told(trainer, scorer))
+    assert sorted(scores.missing) == [6, 7] and "HTTP Error 500" in scores.missing[6]
+    assert sorted(n for batch in asked for n in batch) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+def test_a_reward_that_failed_early_is_asked_again_for_all(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastppo.reward_errors.FIRST_WAIT", 0.0)
+    trainer, healthy = engine(tiny.policy("qwen2"), rollout={"samples_per_prompt": 2}), threading.Event()
+    judge, asked = fails_for(1, how=how), []
+
+    def recovers(samples: Sequence[Sample]) -> list[float]:
+        asked.append(len(samples))
+        return lengths(samples) if healthy.is_set() else judge(samples)
+
+    def scorer(way: Any, retries: int = 2) -> WeightedRewards:
+        reward = FunctionReward(recovers, name="recovers")
+        return WeightedRewards([reward], early={"recovers": 3}, on_errors=[OnError(way, retries)])
+
+    rollout, early = told(trainer, made := scorer("retry"))
+    assert early is not None
+    early.queues["recovers"].results()  # all of them have been asked
+    healthy.set()
+    scores = made(rollout, early)
+    assert asked[-1] == 10 and max(asked[:-1]) <= 3 and sum(asked[:-1]) == 10
+    assert scores.counts == {"reward/recovers/retries": 1.0}
+    assert scores.sequences.tolist() == lengths(to_samples(rollout, None))
+    healthy.clear()
+    for way in ("retry", "fail"):
+        rollout, early = told(trainer, made := scorer(way, retries=0))
+        assert early is not None
+        early.queues["recovers"].results()
+        healthy.set()  # but it is not asked again
+        with pytest.raises(RewardError, match="no answer|gave nan"):
+            made(rollout, early)
+        healthy.clear()
+
+
+def test_a_response_that_is_told_of_twice_is_scored_once() -> None:
+    """As by a rollout that ran out of memory and was redone."""
+    calls: list[Sequence[Sample]] = []
+    reward = FunctionReward(lambda samples: calls.append(samples) or lengths(samples), name="once")
+    trainer, scorer = engine(tiny.policy("qwen2")), WeightedRewards([reward], early={"once": 2})
+    early = scorer.listen(prompts(4), 1)
+    assert early is not None
+    rollout = trainer.generate(prompts(4), Sampling(seed=3), early)
+    trainer.generate(prompts(4), Sampling(seed=3), early)
+    scorer(rollout, early)
+    assert sum(len(samples) for samples in calls) == 4
 
 
 def test_an_engine_that_tells_nothing_changes_nothing() -> None:

@@ -1,5 +1,7 @@
 """transformers' continuous batching as a rollout engine: what it draws is the policy's, and it leaves no trace."""
 
+import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 
 import tiny
 from batches import SCORES, engine, prompts
-from fastppo import Prompts, Rollout, Sampling
+from fastppo import Prompts, Rollout, Sampling, models
 from fastppo.attention import PACKED
-from fastppo.rollout import GenerateBatchEngine
+from fastppo.checks import RolloutError
+from fastppo.rollout import GenerateBatchEngine, generate_batch, kv
 from fastppo.score import action_logprobs
 
 ENDS = (3, 17, 30, 31, 38)
@@ -42,6 +45,71 @@ def test_it_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert all(m.training for m in made.policy.modules())
     assert made.policy.config._attn_implementation == PACKED
+
+
+def test_modes_that_were_mixed_are_mixed_again() -> None:
+    made = sampler()
+    body: Any = made.policy.base_model
+    body.layers[0].eval()
+    found = [m.training for m in made.policy.modules()]
+    made.generate(prompts(2), Sampling(max_new_tokens=2))
+    assert [m.training for m in made.policy.modules()] == found and {True, False} == {*found}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_an_error_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word, as by SystemExit: nobody would ever answer."""
+    monkeypatch.setattr(generate_batch, "POLL_S", 0.05)
+    made, calls = sampler(), itertools.count()
+    before = [m.training for m in made.policy.modules()]
+
+    def dies(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread() and next(calls) == 3:
+            raise SystemExit
+
+    hook = made.policy.get_input_embeddings().register_forward_hook(dies)
+    with pytest.raises(
+        RolloutError, match=r"generate_batch lost \d of 6 requests: .*; use rollout.engine = 'embedded'"
+    ):
+        made.generate(prompts(6), Sampling(max_new_tokens=9))
+    hook.remove()
+    assert [m.training for m in made.policy.modules()] == before
+    assert made.policy.config._attn_implementation == PACKED and not generating()
+    assert len(made.generate(prompts(6), Sampling(max_new_tokens=9))) == 6
+
+
+def test_an_error_of_whoever_listens_ends_the_rollout_at_once() -> None:
+    """The requests that are left are not answered first, and the thread has ended."""
+    made, steps = sampler(eos_token_ids=()), []
+    given = Prompts(token_ids=((1, 2), (3, 4)), limits=(1, 100))
+    hook = made.policy.get_input_embeddings().register_forward_hook(lambda *_: steps.append(1))
+
+    def fails(*_: Any) -> None:
+        raise KeyError("listener")
+
+    with pytest.raises(KeyError, match="listener"):
+        made.generate(given, Sampling(max_new_tokens=100), fails)
+    hook.remove()
+    assert len(steps) < 60 and not generating()
+    assert all(m.training for m in made.policy.modules()) and made.policy.config._attn_implementation == PACKED
+
+
+def generating() -> list[threading.Thread]:
+    """Threads of transformers that still run."""
+    return [t for t in threading.enumerate() if "_run_generation_loop" in t.name]
+
+
+def test_memory_is_half_of_what_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the config says how much; on a CPU there is no limit."""
+    page = generate_batch.PAGE * models.kv_bytes_per_token(tiny.policy())
+    monkeypatch.setattr(kv, "free_bytes", lambda device: 2 * 7 * page)
+    assert kv.kv_budget(None, torch.device("cuda")) == 7 * page and kv.kv_budget(None, torch.device("cpu")) is None
+    assert kv.kv_budget(5, torch.device("cuda")) == 5 == kv.kv_budget(5, torch.device("cpu"))
+    monkeypatch.setattr(generate_batch, "kv_budget", lambda asked, device: kv.kv_budget(asked, torch.device("cuda")))
+    given = [((1, 2), 60)] * 30  # two pages each
+    assert sampler()._sizes(given).num_blocks == 7
+    rollout = sampler(eos_token_ids=()).generate(prompts(30), Sampling(max_new_tokens=40))
+    assert [len(r) for r in responses(rollout)] == [40] * 30
 
 
 def test_tokens_come_from_the_weights_as_they_are_now() -> None:

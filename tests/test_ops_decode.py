@@ -11,6 +11,7 @@ from torch import Tensor
 from fastppo_kernels import decode_attention
 from fastppo_kernels.gpu import decode as gpu
 from fastppo_kernels.native import isa as isas
+from fastppo_kernels.settings import DecodeSettings
 from numerics import DEVICE, assert_as_accurate
 
 NAN = float("nan")
@@ -83,8 +84,8 @@ def test_a_head_is_its_softmax_over_the_positions_up_to_its_own(
     dtype = torch.float32 if precision == "single" else torch.float16 if interpreted_half else torch.bfloat16
     p = problem([0, 5, 63, 64, 130], heads, kv_heads, D, dtype=dtype)
     if interpreted_half:  # the interpreter multiplies bfloat16 matrices wrongly
-        settings = {"scale": D**-0.5, "window": None, "softcap": None, "span": p.keys.shape[2]}
-        out = gpu.decode_attention(p.q, p.k, p.v, p.keys.clone(), p.values.clone(), p.positions, **settings)
+        settings = DecodeSettings(scale=D**-0.5, span=p.keys.shape[2])
+        out = gpu.decode_attention(p.q, p.k, p.v, p.keys.clone(), p.values.clone(), p.positions, settings)
     else:
         out = p.run(backend=backend)
     assert_as_accurate("out", out, p.truth(dtype), p.truth(torch.float64))

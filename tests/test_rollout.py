@@ -14,7 +14,7 @@ from fastppo import Prompts, Rollout, Sampling, models
 from fastppo.attention import PACKED
 from fastppo.checks import RolloutError
 from fastppo.data import select
-from fastppo.rollout import EmbeddedEngine, decoder, graphs
+from fastppo.rollout import EmbeddedEngine, decoder
 from fastppo.score import action_logprobs
 
 ENDS = (3, 17, 30, 31, 38)
@@ -55,6 +55,23 @@ def test_the_policy_is_left_as_found(training: bool) -> None:
     assert made.policy.config._attn_implementation == PACKED
 
 
+def test_modes_that_were_mixed_are_mixed_again() -> None:
+    """A part that is frozen in eval mode stays so, and one in eval mode may hold one that trains."""
+    made = sampler()
+    made.policy.train()
+    body: Any = made.policy.base_model
+    body.layers[0].eval()
+    body.layers[1].eval()
+    body.layers[1].mlp.train()
+    found = [m.training for m in made.policy.modules()]
+    during: list[bool] = []
+    hook = body.layers[1].mlp.register_forward_hook(lambda m, args, out: during.append(m.training))
+    made.generate(prompts(), Sampling())
+    hook.remove()
+    assert [m.training for m in made.policy.modules()] == found and {True, False} == {*found}
+    assert during and not any(during)
+
+
 def test_a_failure_leaves_the_policy_as_found() -> None:
     made = sampler()
     with pytest.raises(IndexError):
@@ -65,15 +82,29 @@ def test_a_failure_leaves_the_policy_as_found() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_log_probs_are_the_trainers(architecture: str, checkpointing: bool) -> None:
-    """Through padding, cache, compaction and several chunks, longer than the sliding window."""
+    """And a plain forward's: with 40 requests in 12 rows, of many lengths, longer than the sliding window."""
     made = sampler(architecture, max_rows=12)
     if checkpointing:
         made.policy.gradient_checkpointing_enable({"use_reentrant": False})
-    rollout = made.generate(prompts(20), Sampling(temperature=0.8, max_new_tokens=20, samples_per_prompt=2))
+    given = prompts(20, longest=30)
+    rollout = made.generate(given, Sampling(temperature=0.8, max_new_tokens=20, samples_per_prompt=2))
     ours = action_logprobs(made.policy, rollout, temperature=0.8, max_tokens=200)
     assert rollout.exact
     torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+    plain = plain_logprobs(tiny.raw_lm(architecture), rollout, 0.8)
+    torch.testing.assert_close(rollout.logprobs, plain, atol=1e-5, rtol=0)
     assert len({len(r) for r in responses(rollout)}) > 3  # rows did end at different times
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """From transformers' own forward and attention, a sequence at a time."""
+    out: list[torch.Tensor] = []
+    model.eval().set_attn_implementation("eager")
+    for prompt, response in rollout.sequences():
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        out.append((logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
+    return torch.cat(out)
 
 
 def test_finish_reason_says_how_it_ended() -> None:
@@ -131,11 +162,12 @@ def test_truncated_sampling_draws_from_the_top_only(sampling: dict[str, Any]) ->
     assert drawn == {*ranked[:size].tolist()}
 
 
-def test_frequencies_are_the_policy_s_probabilities() -> None:
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_frequencies_are_the_policy_s_probabilities(temperature: float) -> None:
     made = sampler(eos_token_ids=(), max_rows=5000)
-    rollout = made.generate(Prompts(token_ids=((1, 2),) * 5000), Sampling(max_new_tokens=1, temperature=0.6))
+    rollout = made.generate(Prompts(token_ids=((1, 2),) * 5000), Sampling(max_new_tokens=1, temperature=temperature))
     alphabet = Rollout.pack([[1, 2]] * 48, [[t] for t in range(48)])
-    expected = action_logprobs(made.policy, alphabet, temperature=0.6, max_tokens=1000).exp() * 5000
+    expected = action_logprobs(made.policy, alphabet, temperature=temperature, max_tokens=1000).exp() * 5000
     counts = torch.tensor([r[0] for r in responses(rollout)]).bincount(minlength=48)
     assert float(((counts - expected).square() / expected).sum()) < 83  # chi-square, 47 degrees of freedom, p = 0.001
 
@@ -219,9 +251,10 @@ def test_memory_bounds_the_rows_and_no_result() -> None:
         sampler(kv_bytes=row - 1).generate(given, sampling)
 
 
-def test_tokens_come_from_the_weights_as_they_are_now() -> None:
-    """No key or value outlives a call."""
-    made = sampler()
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # the second with a tied head
+def test_tokens_come_from_the_weights_as_they_are_now(architecture: str) -> None:
+    """No key or value outlives a call, and no copy of a head."""
+    made = sampler(architecture)
     made.generate(prompts(), Sampling(seed=3))
     with torch.no_grad():
         for p in made.policy.parameters():
@@ -231,6 +264,9 @@ def test_tokens_come_from_the_weights_as_they_are_now() -> None:
     assert responses(rollout) == responses(fresh.generate(prompts(), Sampling(seed=3)))
     ours = action_logprobs(made.policy, rollout, temperature=1.0, max_tokens=200)
     torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+    unprepared = tiny.raw_lm(architecture)
+    unprepared.load_state_dict(made.policy.state_dict())
+    torch.testing.assert_close(rollout.logprobs, plain_logprobs(unprepared, rollout, 1.0), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -265,55 +301,3 @@ def test_a_request_that_an_engine_drops_is_missed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(made.rollout_engine, "generate", drops)
     with pytest.raises(RolloutError, match="answered 7 of 8 requests: none may be dropped"):
         made.generate(prompts(8))
-
-
-@pytest.mark.parametrize("keep_memory", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_steps_of_fixed_shapes_draw_the_same(
-    architecture: str, keep_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a CUDA graph replays: rows that stand still beside the live ones, and all of memory."""
-    given, sampling = prompts(20), Sampling(max_new_tokens=12, seed=3, samples_per_prompt=2, stop_sequences=((5, 6),))
-    expected = sampler(architecture).generate(given, sampling)
-    made = sampler(architecture, max_rows=7, keep_memory=keep_memory)
-    advance, counts = decoder.Decoder._advance, set[int]()
-    monkeypatch.setattr(decoder.Steps, "__call__", lambda steps, *key: counts.add(key[0]) or steps.step(*key))
-    monkeypatch.setattr(decoder.Decoder, "fixed_shapes", property(lambda _: True, lambda *_: None), raising=False)
-    for _ in range(2):
-        again = made.generate(given, sampling)
-        assert responses(again) == responses(expected)
-        torch.testing.assert_close(again.logprobs, expected.logprobs, atol=1e-5, rtol=0)
-        assert again.finish_reasons == expected.finish_reasons
-    assert decoder.Decoder._advance is advance and counts <= {1, 2, 3, 4, 6, 7}
-
-
-def test_kept_memory_grows_and_serves_other_samplings() -> None:
-    kept, fresh = sampler(keep_memory=True), sampler()
-    for count, sampling in (
-        (3, Sampling(seed=1, max_new_tokens=5)),
-        (9, Sampling(seed=2, max_new_tokens=20, temperature=0.5)),
-        (4, Sampling(seed=1, max_new_tokens=5, top_k=1)),
-        (9, Sampling(seed=2, max_new_tokens=20, temperature=0.5, stop_token_ids=(7,))),
-    ):
-        one, other = (made.generate(prompts(count), sampling) for made in (kept, fresh))
-        assert responses(one) == responses(other) and one.finish_reasons == other.finish_reasons
-    assert kept._kept is not None and fresh._kept is None
-
-
-def test_kept_memory_holds_nothing_of_the_old_weights() -> None:
-    made = sampler(keep_memory=True)
-    made.generate(prompts(8), Sampling(seed=1))
-    with torch.no_grad():
-        for parameter in made.policy.parameters():
-            parameter.mul_(1.1)
-    rollout = made.generate(prompts(8), Sampling(seed=1))
-    ours = action_logprobs(made.policy, rollout, temperature=1.0, max_tokens=4096)
-    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 48, 500])
-def test_a_bucket_holds_the_live_rows_and_at_most_half_as_many_again(rows: int) -> None:
-    for live in range(1, rows + 1):
-        count = graphs.bucket(live, rows)
-        assert live <= count <= min(rows, max(live + 1, live * 3 // 2))
-    assert len({graphs.bucket(live, rows) for live in range(1, rows + 1)}) <= 2 * rows.bit_length() + 1

@@ -4,20 +4,20 @@ for ever. tests/test_vllm_server.py has the real one.
 
 import ast
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from batches import SCORES, engine, prompts
-from fastppo import PPOEngine, Prompts, Rollout, Sampling
+from fastppo import PPOEngine, Prompts, Rollout, Sampling, models
 from fastppo.checks import RolloutError
-from fastppo.config import VLLMConfig
+from fastppo.config import MemoryConfig, VLLMConfig
 from fastppo.data import select
 from fastppo.rollout import VLLMEngine, vllm, weights
 from fastppo.rollout import vllm_server as vllm_server_module
@@ -156,42 +156,26 @@ def test_a_server_that_restarts_gets_the_weights_again(vllm_server: Serve, tmp_p
     assert responses(rollout) == expected and server.pushes == 3 and len(server.asked) > answered + 6
 
 
-def test_a_dead_server_is_waited_for(vllm_server: Serve, tmp_path: Path, capsys: Any) -> None:
+def test_the_servers_of_a_policy_with_adapters_get_them_merged(vllm_server: Serve, tmp_path: Path) -> None:
+    """W + B A * alpha / rank, and nothing that a server could take for a weight; it draws what the policy draws."""
     server = vllm_server()
-    made = sampler(tmp_path, server)
-    expected = responses(made.generate(prompts(6), DRAWN))
-    server.stop()
-    server.restart()
-    threading.Timer(0.3, server.start).start()
-    assert responses(made.generate(prompts(6), DRAWN)) == expected
-    out = capsys.readouterr().out
-    assert out.count("waiting 20 s for one to come back") == 1 and "is back, it gets the weights again" in out
-
-
-def test_of_two_servers_the_other_goes_on(vllm_server: Serve, tmp_path: Path) -> None:
-    one, other = vllm_server(), vllm_server()
-    made = sampler(tmp_path, one, other)
-    expected = responses(made.generate(prompts(6), DRAWN))
-    other.stop()
-    asked = len(one.asked)
-    assert responses(made.generate(prompts(6), DRAWN)) == expected and len(one.asked) == asked + 6
-    other.restart()
-    other.start()
-    assert responses(made.generate(prompts(6), DRAWN)) == expected and other.pushes == 2
-
-
-def test_a_server_that_stays_away_ends_the_run_in_time(vllm_server: Serve, tmp_path: Path) -> None:
-    server = vllm_server()
-    made = sampler(tmp_path, server, wait_s=0.1)
-    server.stop()
-    with pytest.raises(RolloutError, match=r"no vLLM server answered for rollout.vllm.wait_s = 0 s \(http.*refused\)"):
-        made.generate(prompts(6), DRAWN)
-
-
-def test_an_update_that_a_dead_trainer_left_open_is_closed(vllm_server: Serve, tmp_path: Path) -> None:
-    server = vllm_server(updating=True)
-    made = sampler(tmp_path, server)
-    assert gap(made, made.generate(prompts(6), DRAWN)) <= 1e-5
+    policy = models.adapt(tiny.policy("qwen2"), MemoryConfig(share="lora", lora_rank=4))
+    config = {"engine": "vllm", "vllm": settings(tmp_path, server)}
+    made = engine(policy, rollout=config, optimizer={"lr": 1e-2})
+    for step in range(2):
+        metrics = made.update(made.score(made.generate(prompts(8, seed=step)), SCORES))
+        assert metrics["rollout/logprob_gap_max"] <= 1e-5
+    sampling_engine: Any = made.rollout_engine
+    left = load_file(sampling_engine.weights.current / "model.safetensors")
+    base = {name: w for name, w in models.bare(policy).state_dict().items() if name != "lm_head.weight"}
+    assert left.keys() == base.keys()
+    changed, layers = 0, cast("Iterator[tuple[str, Any]]", policy.named_modules())
+    for name, layer in layers:
+        if hasattr(layer, "lora_A"):
+            delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+            torch.testing.assert_close(left[f"{name}.weight"], base.pop(f"{name}.weight") + delta, atol=1e-6, rtol=0)
+            changed += float(delta.detach().abs().max()) > 1e-4
+    assert changed == 14 and all(torch.equal(left[name], w) for name, w in base.items())
 
 
 def test_the_prefix_cache_is_reset_or_the_run_stops(

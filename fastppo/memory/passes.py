@@ -238,12 +238,10 @@ def _body(made: PreTrainedModel, ids: Tensor, positions: Tensor, **attends: obje
 
 
 def _sample(made: PreTrainedModel, hidden: Tensor, ledger: Ledger) -> None:
-    """Logits and, with a soft-cap, the steps to them."""
+    """Logits; a soft-cap is put on them where they are."""
     head = models.lm_head(made)
     with ledger.labelled(LOGITS):
         logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
     del logits
 
 

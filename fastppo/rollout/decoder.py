@@ -51,7 +51,8 @@ class Decoder:
         self.kv, self.spare = KVRows(capacity.rows, capacity.positions), capacity.requests
         self.fixed_shapes = cuda_graphs and policy.device.type == "cuda"
         advance = weakref.WeakMethod(self._advance)  # no cycle: keys and values go with their last user
-        self.steps = Steps(lambda *args: _called(advance, *args), record=self.fixed_shapes)
+        self.steps = Steps(lambda *args: _called(advance, *args), policy.device, record=self.fixed_shapes)
+        self.places = _places(policy)
         self.stops: dict[Sampling, tuple[Tensor, ...]] = {}
         integers: dict[str, Any] = {"dtype": torch.int64, "device": policy.device}
         # By request:
@@ -64,6 +65,11 @@ class Decoder:
         self.request, self.last, self.position = torch.zeros(3, capacity.rows, **integers)
         self.ends: list[int] = []
         self.on_finish: OnFinish | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether recorded steps read the policy where it is: offloading or loading may have moved it."""
+        return self.places == _places(self.policy)
 
     @property
     def live(self) -> int:
@@ -170,7 +176,7 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         head = models.lm_head(self.policy)
         logits = linear(hidden, head.weight, head.bias)
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)
 
     def _draw(self, logits: Tensor, rows: slice, sampling: Sampling) -> Tensor:
         """A token for each of these rows, from its logits; which of them ended."""
@@ -232,6 +238,10 @@ def uniforms(prompts: Prompts, samples_per_prompt: int, count: int, seed: int) -
         generator.manual_seed(number)
         rows.append(torch.rand(count, generator=generator))
     return torch.stack(rows)
+
+
+def _places(policy: PreTrainedModel) -> list[int]:
+    return [x.data_ptr() for x in (*policy.parameters(), *policy.buffers())]
 
 
 def _of_steps(sampling: Sampling) -> Sampling:

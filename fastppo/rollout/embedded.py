@@ -4,8 +4,7 @@ Prompts are read packed, without padding, by the trainer's own attention. Then o
 still run: a row that ends gives its place to the last one, and free places to requests that wait.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,13 +17,15 @@ from fastppo.checks import require
 from fastppo.out_of_memory import Portion
 from fastppo.protocols import OnFinish
 from fastppo.rollout.decoder import SPAN, Capacity, Decoder
+from fastppo.rollout.kv import kv_budget
+from fastppo.rollout.modes import eval_mode
 
 
 class EmbeddedEngine:
     """A `RolloutEngine` on the live policy.
 
     Args:
-        policy: the module that is trained; its train/eval mode is left as found.
+        policy: the module that is trained; the train/eval mode of each of its modules is left as found.
         eos_token_ids: tokens that end a response, kept as its last token.
         max_rows: sequences decoded at a time; half of that from when memory runs out on, and the call is redone.
         kv_bytes: memory for their keys and values; fewer are decoded at a time where `max_rows` do not fit. None: on a
@@ -88,7 +89,7 @@ class EmbeddedEngine:
             self._kept = made if self.keep_memory else None
             return drawn
 
-        with _eval_mode(self.policy):
+        with eval_mode(self.policy):
             tokens, logprobs, reasons = self.rows.run(
                 "the rollout", attempt, smallest=1, whole=decoder[0].capacity.rows
             )
@@ -112,7 +113,7 @@ class EmbeddedEngine:
             had = kept.capacity
             wasteful = had.positions > 2 * wanted.positions  # few rows of far longer sequences
             rows = min(wanted.rows, wanted.requests) if wasteful else 1
-            if had.holds(replace(wanted, rows=rows)):
+            if kept.fits and had.holds(replace(wanted, rows=rows)):
                 return kept
             requests, tokens = max(wanted.requests, had.requests), max(wanted.tokens, had.tokens)
             positions = wanted.positions if wasteful else max(wanted.positions, had.positions)
@@ -123,9 +124,7 @@ class EmbeddedEngine:
         return Decoder(self.policy, capacity, eos_token_ids=self.eos_token_ids, cuda_graphs=self.cuda_graphs)
 
     def _rows_that_fit(self, num_positions: int) -> int:
-        budget = self.kv_bytes
-        if budget is None and self.policy.device.type == "cuda":
-            budget = _free(self.policy.device) // 2
+        budget = kv_budget(self.kv_bytes, self.policy.device)
         if budget is None:
             return self.rows.size
         row = num_positions * models.kv_bytes_per_token(self.policy)
@@ -135,19 +134,3 @@ class EmbeddedEngine:
             f"{budget / 2**30:.3g} GiB there are: raise rollout.kv_gib, or lower max_new_tokens or the prompts' length",
         )
         return min(self.rows.size, budget // row)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of a GPU that can be allocated: what the driver has, and what torch's allocator keeps without using it."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

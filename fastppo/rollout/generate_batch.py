@@ -2,7 +2,8 @@
 
 What it does by itself and must not do here: it leaves the model in eval mode and with another attention, seeds the
 global generator, keeps the keys of common prefixes over an update, and returns a failed request as an empty one. Each
-call therefore makes a manager of its own, without shared blocks, and puts back what it found.
+call therefore makes a manager of its own, without shared blocks, and puts back what it found. Its thread may end
+without a word: whoever waits for a result looks whether it still runs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,15 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from fastppo import models
 from fastppo.attention import PACKED
 from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
-from fastppo.checks import require
+from fastppo.checks import RolloutError, require
 from fastppo.protocols import OnFinish
+from fastppo.rollout.kv import kv_budget
+from fastppo.rollout.modes import eval_mode
 
 PAGE = 32  # tokens
 BATCH_TOKENS = 4096  # of one forward; its own default takes 8192 on any machine
+POLL_S = 1.0  # between looks at a thread that gives no result
+STOP_S = 60.0  # that it has to end its last step in
 
 
 class GenerateBatchEngine:
@@ -30,10 +35,11 @@ class GenerateBatchEngine:
     and never stand for them.
 
     Args:
-        policy: the module that is trained; mode and attention are left as found, the global generator too.
+        policy: the module that is trained; modes and attention are left as found, the global generator too.
         eos_token_ids: tokens that end a response, kept as its last token.
         max_rows: sequences decoded at a time.
-        kv_bytes: memory for keys and values; None: what `max_rows` of the longest request take.
+        kv_bytes: most memory for keys and values, of which it takes what `max_rows` of the longest request need. None:
+            on a GPU half of what is free, on a CPU no limit.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class GenerateBatchEngine:
         Raises:
             ValueError: a stop sequence, which transformers' continuous batching does not know; or a prompt with its
                 response would be longer than the model's context.
-            RuntimeError: transformers failed on a request; nothing is dropped.
+            RolloutError: transformers failed on a request, or its thread ended; nothing is dropped.
         """
         require(
             not sampling.stop_sequences,
@@ -113,34 +119,30 @@ class GenerateBatchEngine:
             max_new_tokens=max(limit for _, limit in requests),
             eos_token_id=stops or -1,
         )
-        policy: Any = self.policy
-        with (
-            _as_found(policy, seed),
-            policy.continuous_batching_context_manager(
-                generation_config=options, continuous_batching_config=self._sizes(requests)
-            ) as manager,
-        ):
+        results = []
+        with _as_found(self.policy, seed), _running(self.policy, options, self._sizes(requests)) as manager:
             for i, (ids, limit) in enumerate(requests):
                 manager.add_request(list(ids), request_id=str(i), max_new_tokens=limit)
-            results = []
-            for _ in requests:
-                results.append(result := manager.get_result())
+            while len(results) < len(requests) and (result := _next_result(manager)) is not None:
+                results.append(result)
                 if not _is_lost(result):
                     told(result)
-        lost = sum(_is_lost(r) for r in results)
-        if lost:
-            errors = sorted({str(r.error) for r in results if r is not None and r.error is not None})
-            raise RuntimeError(
+            died = manager.background_thread_status.fatal_error
+        kept = [result for result in results if not _is_lost(result)]
+        if lost := len(requests) - len(kept):
+            errors = {str(e) for e in (died, *(r.error for r in results)) if e is not None}
+            raise RolloutError(
                 f"transformers' generate_batch lost {lost} of {len(requests)} requests: "
-                f"{'; '.join(errors) or 'no reason given'}; use rollout.engine = 'embedded'"
+                f"{'; '.join(sorted(errors)) or 'no reason given'}; use rollout.engine = 'embedded'"
             )
-        return sorted((r for r in results if r is not None), key=lambda r: int(r.request_id))
+        return sorted(kept, key=lambda r: int(r.request_id))
 
     def _sizes(self, requests: Sequence[tuple[Sequence[int], int]]) -> ContinuousBatchingConfig:
         pages = max(-(-(len(ids) + limit) // PAGE) for ids, limit in requests)
         blocks = (min(self.max_rows, len(requests)) + 1) * pages
-        if self.kv_bytes is not None:
-            blocks = min(blocks, self.kv_bytes // (PAGE * models.kv_bytes_per_token(self.policy)))
+        budget = kv_budget(self.kv_bytes, self.policy.device)
+        if budget is not None:
+            blocks = min(blocks, budget // (PAGE * models.kv_bytes_per_token(self.policy)))
         require(
             blocks >= pages,
             f"the keys and values of one sequence take {pages} pages of {PAGE} tokens, more than the {blocks} that "
@@ -152,26 +154,49 @@ class GenerateBatchEngine:
             max_batch_tokens=max(BATCH_TOKENS, self.max_rows),
             max_requests_per_batch=self.max_rows,
             allow_block_sharing=False,
+            auto_switch_to_flash=self.policy.dtype.itemsize == 2,  # flash-attn knows no float32
             return_logprobs=True,
         )
 
 
 def _is_lost(result: Any) -> bool:
-    return result is None or result.error is not None or not result.generated_tokens
+    return result.error is not None or not result.generated_tokens
+
+
+def _next_result(manager: Any) -> Any:
+    """Of the next request that ended; None: the thread that generates has ended and left no more."""
+    while True:
+        ends = not manager.is_running()  # looked at first: what it gave before it ended is there afterwards
+        result = manager.get_result(timeout=POLL_S)
+        if result is not None or ends:
+            return result
+
+
+@contextmanager
+def _running(policy: Any, options: GenerationConfig, sizes: ContinuousBatchingConfig) -> Iterator[Any]:
+    """A manager whose thread runs; on an error it does not first answer the requests that are left."""
+    manager, failed = policy.init_continuous_batching(options, sizes), True
+    try:
+        manager.warmup()
+        manager.start()
+        yield manager
+        failed = False
+    finally:
+        manager.stop(hard_stop=failed, timeout=STOP_S)
+        if manager.is_running():  # `destroy` would wait for it, however long
+            raise RolloutError(f"transformers' generate_batch did not stop within {STOP_S:.0f} s")
+        manager.destroy()
 
 
 @contextmanager
 def _as_found(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Within it, transformers' attention and a seeded global generator; afterwards, everything as it was."""
-    training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        model.eval()
-        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-        model.set_attn_implementation("paged|sdpa" if model.device.type == "cuda" and not capped else "paged|eager")
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    with torch.random.fork_rng(devices), eval_mode(model):
         try:
+            torch.manual_seed(seed)
+            model.set_attn_implementation("sdpa" if model.device.type == "cuda" and not capped else "paged|eager")
             yield
         finally:
             model.set_attn_implementation(PACKED)
-            model.train(training)

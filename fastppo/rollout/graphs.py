@@ -1,5 +1,6 @@
 """Decode steps as CUDA graphs: a step of 24 layers is some 500 launches, which cost more than the work itself."""
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -28,10 +29,11 @@ class Steps:
 
     Args:
         step: of (rows, *key); launches work on the current stream, waits for nothing, returns the tensor it writes.
+        device: the GPU whose steps are recorded, which need not be the current one.
     """
 
-    def __init__(self, step: Callable[..., Tensor], *, record: bool) -> None:
-        self.step, self.record = step, record
+    def __init__(self, step: Callable[..., Tensor], device: torch.device, *, record: bool) -> None:
+        self.step, self.device, self.record = step, device, record
         self.uses: dict[Hashable, int] = {}
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool: Any = None
@@ -49,13 +51,17 @@ class Steps:
         return self._recorded(key)
 
     def _recorded(self, key: Any) -> Tensor:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), _side_stream(self.device)
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),  # back on it too where a recording fails
+                torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 result = self.step(*key)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise  # the rollout is redone with fewer rows
+            if (cause := _out_of_memory(error)) is not None:
+                raise cause from None  # the rollout is redone with fewer rows
             raise RuntimeError(
                 f"this model's decode step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}): "
                 "set rollout.cuda_graphs = false"
@@ -64,3 +70,16 @@ class Steps:
         self.graphs[key] = graph, result
         graph.replay()  # recording ran nothing
         return result
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """What is recorded on: one per GPU, as the BLAS keeps a workspace for every stream it has met."""
+    return torch.cuda.Stream(device)
+
+
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """It, or what it came from: the end of a recording that failed raises an error of its own."""
+    while error is not None and not is_out_of_memory(error):
+        error = error.__context__
+    return error

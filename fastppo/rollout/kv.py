@@ -6,9 +6,23 @@ row outlives the call of `generate` that made it: after an update there is no st
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fastppo_kernels import decode_attention
+
+
+def kv_budget(asked: int | None, device: torch.device) -> int | None:
+    """Bytes that keys and values may take: those asked for, else on a GPU half of what is free now; None: no limit."""
+    if asked is None and device.type == "cuda":
+        return free_bytes(device) // 2
+    return asked
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: what the driver has, and what torch's allocator keeps without using it."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 @dataclass

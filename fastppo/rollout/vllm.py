@@ -5,6 +5,8 @@ it is asked: after an update, at the first call, and after a restart are one cas
 it, so that one from a server that came back with others is not taken.
 """
 
+import itertools
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from fastppo.rollout.vllm_server import CONTROL_S, Failed, Server, Unreachable
 from fastppo.rollout.weights import PublishedWeights
 
 POLL_S = 1.0  # between looks for a server that is to come back
-BACKOFF_S = 0.5  # after the first failure of a request, doubled after each
+BACKOFF_S = 0.5  # after the first failure of a request, doubled after each up to 32 times
 
 
 @dataclass(frozen=True)
@@ -166,19 +168,23 @@ class VLLMEngine:
         return [future.result() for future in places]
 
     def _answer(self, place: int, request: Request, sampling: Sampling) -> Answer:
-        """Ask until a server answers with the current weights."""
-        body = self._body(request, sampling)
-        for attempt in range(self.config.retries + 1):
+        """Ask until a server answers with the current weights: `retries` more times where one says that it failed, and
+        at least for `wait_s` where none can be reached."""
+        body, failures, since = self._body(request, sampling), {Failed: 0, Unreachable: 0}, math.inf
+        for attempt in itertools.count():
             server = self._next(place + attempt)
             try:
                 self._bring(server)
                 return self._read(server, server.call("/inference/v1/generate", body), request, sampling)
             except (Unreachable, Failed) as error:
                 server.version = None  # whoever answers next is asked what it has
-                server.down |= isinstance(error, Unreachable)
-                if attempt == self.config.retries or self._stopped.is_set():
+                server.down |= (gone := isinstance(error, Unreachable))
+                failures[type(error)] += 1
+                since = min(since, time.monotonic())
+                waited = not gone or time.monotonic() > since + self.config.wait_s
+                if self._stopped.is_set() or (waited and failures[type(error)] > self.config.retries):
                     raise RolloutError(f"a request failed {attempt + 1} times; the last time: {error}") from error
-                self._stopped.wait(BACKOFF_S * 2**attempt)
+                self._stopped.wait(BACKOFF_S * 2 ** min(attempt, 5))
         raise AssertionError("unreachable")
 
     def _bring(self, server: Server) -> None:

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from fastppo.checks import RolloutError
 
 BUSY = (408, 425, 429)  # HTTP 4xx that may pass
+GONE = (502, 503, 504)  # a proxy says so of the server behind it, or a server whose engine has died of itself
+CONNECT_S = 10.0  # until a server has taken a connection: while one is made, it cannot be hung up
 CONTROL_S = 10.0  # of a question that a server answers without work
 CACHE_TRIES = 20  # 0.1 s apart: blocks of a request that just ended are let go of within moments
 
@@ -46,15 +48,17 @@ class Server:
         """The JSON of one answer. Each call has a connection of its own: an idle one may be closed at any time.
 
         Raises:
-            Unreachable: no answer, or only a part of one.
-            Failed: HTTP 5xx, or 4xx that may pass.
+            Unreachable: no answer, only a part of one, or a proxy's that there is no server.
+            Failed: any other HTTP 5xx, or 4xx that may pass.
             RolloutError: the server refused the request as it is.
         """
         where = urlsplit(self.url)
         kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
-        connection = kind(where.netloc, timeout=timeout_s or self.timeout_s)
+        timeout_s = timeout_s or self.timeout_s
+        connection = kind(where.netloc, timeout=min(CONNECT_S, timeout_s))
         try:
             connection.connect()
+            connection.sock.settimeout(timeout_s)
             self._open.add(connection)
             if self.hung_up:  # after the line above: either this is seen here, or the connection is seen there
                 raise ConnectionAbortedError("sampling was stopped")
@@ -68,6 +72,8 @@ class Server:
             self._open.discard(connection)
             connection.close()
         said = f"{self.url}{path} answered {status}: {answer[:500].decode(errors='replace')}"
+        if status in GONE:
+            raise Unreachable(said)
         if status >= 500 or status in BUSY:
             raise Failed(said)
         if status != 200:

@@ -25,9 +25,14 @@ class PublishedWeights:
         except OSError as error:
             raise InputError(f"cannot leave weights in rollout.vllm.folder = {parent!r}: {error.strerror}") from error
         self.folder.chmod(0o755)  # servers may run as somebody else
-        self._lock = (self.folder / ".lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however
-        weakref.finalize(self, _remove, self.folder, self._lock)
+        weakref.finalize(self, _remove, self.folder, lock := (self.folder / ".lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however
+        except OSError as error:
+            raise InputError(
+                f"cannot lock a folder for weights in rollout.vllm.folder = {parent!r} ({error.strerror}): give one on "
+                "a file system with flock"
+            ) from error
         self.current: Path | None = None
         self.version = ""
         self.published: list[int] = []

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend
+from fastppo_kernels.settings import DecodeSettings
 
 
 def decode_attention(
@@ -63,13 +64,10 @@ def decode_attention(
             f"{n} sequences need as many rows of memory, got {rows}; {heads} heads must be a multiple of {kv_heads} "
             f"kv_heads; span must be in [1, {num_positions}], got {span}"
         )
-    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
-        raise ValueError(f"window must be >= 1 and softcap > 0, got {window} and {softcap}; None switches either off")
+    s = DecodeSettings(scale=D**-0.5 if scale is None else scale, span=span, window=window, softcap=softcap)
     name = choose_backend("decode_attention", backend, q)
-    scale = D**-0.5 if scale is None else scale
-    return operators.decode_attention(
-        q.detach(), k.detach(), v.detach(), keys, values, positions, scale, window, softcap, span, name
-    )
+    rows = q.detach(), k.detach(), v.detach(), keys, values, positions
+    return operators.decode_attention(*rows, s.scale, s.window, s.softcap, s.span, name)
 
 
 def _check_memory(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:

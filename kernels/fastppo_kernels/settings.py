@@ -31,6 +31,35 @@ class HeadSettings:
             raise ValueError(f"softcap must be finite and > 0, got {self.softcap}; pass None for no soft-cap")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeSettings:
+    """Which positions a new token looks at, and how they are scored.
+
+    Raises:
+        ValueError: a field lies outside its range.
+    """
+
+    scale: float
+    """Of the scores."""
+    span: int
+    """Upper bound of positions + 1, for which memory and programs are sized."""
+    window: int | None = None
+    """Positions that are looked at, the new one included, >= 1; None: all."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap), > 0; None: as they are."""
+
+    def __post_init__(self) -> None:
+        if (self.window is not None and self.window < 1) or (self.softcap is not None and not self.softcap > 0):
+            raise ValueError(
+                f"window must be >= 1 and softcap > 0, got {self.window} and {self.softcap}; None switches either off"
+            )
+
+    @property
+    def reach(self) -> int:
+        """Positions that are looked at at most."""
+        return self.span if self.window is None else self.window
+
+
 class PPOOptions(TypedDict, total=False):
     """The keywords of the PPO losses; `PPOSettings` says what each means, its default and its range."""
 

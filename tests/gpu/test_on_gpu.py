@@ -20,7 +20,7 @@ from fastppo import (
     models,
 )
 from fastppo.microbatch import gather
-from fastppo.rollout import EmbeddedEngine
+from fastppo.rollout import EmbeddedEngine, GenerateBatchEngine, graphs
 from fastppo.score import action_logprobs
 from fastppo_kernels import linear_ppo_loss, logits_ppo_loss, sample
 from numerics import assert_as_accurate
@@ -182,3 +182,62 @@ def test_recorded_steps_are_the_policys_at_every_update(architecture, dtype, kee
                 parameter.mul_(1.05)
     if keep_memory:
         assert made._kept is not None and made._kept.steps.graphs
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_decode_step_waits_for_nothing(recorded, monkeypatch):
+    """But for which rows have ended, once a step, after it."""
+    policy = on_gpu(tiny.policy(scale=1.0), torch.bfloat16)
+    made = EmbeddedEngine(policy, eos_token_ids=(3,), max_rows=8, cuda_graphs=recorded)
+    given, sampling = Prompts(token_ids=((1, 2),) * 8), Sampling(max_new_tokens=40, seed=1, stop_sequences=((5, 6),))
+    made.generate(given, sampling)  # compiles
+    step, seen = graphs.Steps.__call__, []
+
+    def strict(steps, *key):
+        waits = key not in steps.graphs and steps.uses.get(key, 0) + 1 == graphs.RECORD_AT  # recording does
+        torch.cuda.set_sync_debug_mode("default" if waits else "error")
+        try:
+            return step(steps, *key)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            seen.append(bool(steps.graphs))
+
+    monkeypatch.setattr(graphs.Steps, "__call__", strict)
+    assert len(made.generate(given, sampling)) == 8
+    assert len(seen) > 8 and any(seen) == recorded
+
+
+def test_kept_steps_are_left_when_the_policy_has_moved():
+    """A recorded step reads the weights where they were."""
+    policy = on_gpu(tiny.policy(scale=1.0), torch.float32)
+    given, sampling = Prompts(token_ids=((1, 2),) * 8), Sampling(max_new_tokens=40, seed=1)
+    made = EmbeddedEngine(policy, max_rows=8, keep_memory=True)
+    made.generate(given, sampling)
+    kept = made._kept
+    for parameter in policy.parameters():
+        parameter.data = parameter.data * 1.05
+    rollout = made.generate(given, sampling)
+    assert made._kept is not kept
+    ours = action_logprobs(policy, rollout, temperature=1.0, max_tokens=4096)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_steps_are_recorded_on_the_policy_s_gpu():
+    policy = models.to_device(tiny.policy(scale=1.0), torch.device("cuda", 1))
+    made = EmbeddedEngine(policy, max_rows=8, keep_memory=True)
+    rollout = made.generate(Prompts(token_ids=((1, 2),) * 8), Sampling(max_new_tokens=40, seed=1))
+    assert made._kept is not None and made._kept.steps.graphs and torch.cuda.current_device() == 0
+    ours = action_logprobs(policy, rollout, temperature=1.0, max_tokens=4096)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_continuous_batching_on_a_gpu_samples_the_policy(architecture, dtype):
+    policy = on_gpu(tiny.policy(architecture, scale=1.0), dtype)
+    made = GenerateBatchEngine(policy, max_rows=16)
+    rollout = made.generate(Prompts(token_ids=((1, 2),) * 20), Sampling(max_new_tokens=20, seed=1, temperature=0.8))
+    ours = action_logprobs(policy, rollout, temperature=0.8, max_tokens=4096)
+    torch.testing.assert_close(rollout.logprobs, ours, atol=1e-3 if dtype == torch.float32 else 0.2, rtol=0)
+    assert policy.config._attn_implementation == attention.PACKED and policy.training

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastppo_kernels import gpu
+from fastppo_kernels.settings import DecodeSettings
 from gate.entry import EVERYWHERE, Budget, Entry
 
 
@@ -14,8 +15,8 @@ def decode(heads: int, kv_heads: int, D: int, dtype: torch.dtype, span: int, **s
     q = torch.zeros(2, heads, D, dtype=dtype)
     k, v = torch.zeros(2, 2, kv_heads, D, dtype=dtype)
     keys, values = torch.zeros(2, 2, kv_heads, span, D, dtype=dtype)
-    settings = {"scale": 0.125, "window": None, "softcap": None} | settings
-    gpu.decode_attention(q, k, v, keys, values, torch.tensor([3, 9]), span=span, **settings)
+    s = DecodeSettings(scale=0.125, span=span, **settings)
+    gpu.decode_attention(q, k, v, keys, values, torch.tensor([3, 9]), s)
 
 
 def entry(name: str, call: partial[None], narrow: int = 0, **changes: Any) -> Entry:

@@ -2,7 +2,16 @@
 
 from types import ModuleType
 
-from fastppo.bench.ops import gae, linear_ppo_loss, logits_ppo_loss, ppo_loss, sample, token_logprobs, value
+from fastppo.bench.ops import (
+    decode_attention,
+    gae,
+    linear_ppo_loss,
+    logits_ppo_loss,
+    ppo_loss,
+    sample,
+    token_logprobs,
+    value,
+)
 
 OPS: dict[str, ModuleType] = {
     "logits_ppo_loss": logits_ppo_loss,
@@ -12,4 +21,5 @@ OPS: dict[str, ModuleType] = {
     "value": value,
     "gae": gae,
     "sample": sample,
+    "decode_attention": decode_attention,
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastppo_kernels.gpu.launch import ROW_DTYPES, check_device, on_device, options, warp_size
 from fastppo_kernels.gpu.maths import LOG2E, tanh
+from fastppo_kernels.settings import DecodeSettings
 
 CHUNK = 512  # positions of a program
 TILE = 8192  # elements of keys, or of values, that a step reads; two steps of both are in flight
@@ -131,17 +132,7 @@ def _join(
 
 
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    span: int,
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, s: DecodeSettings
 ) -> Tensor:
     """See `fastppo_kernels.decode_attention`."""
     check_device(q)
@@ -150,13 +141,12 @@ def decode_attention(
     n, heads, D = q.shape
     kv_heads = k.shape[1]
     q, k, v = (x.contiguous() for x in (q, k, v))
-    chunks = triton.cdiv(span, CHUNK)
+    chunks = triton.cdiv(s.span, CHUNK)
     out = torch.empty_like(q)
     parts = torch.empty(n, heads, chunks, D, dtype=torch.float32, device=q.device) if chunks > 1 else None
     stats = torch.empty(n, heads, chunks, 2, dtype=torch.float32, device=q.device) if chunks > 1 else None
     groups, block_d = heads // kv_heads, max(LEAST_QUERIES, triton.next_power_of_2(D))
     block = min(64, max(16, (EXACT_TILE if q.dtype == torch.float32 else TILE) // block_d))
-    reach = span if window is None else window
     strides = heads * D, kv_heads * D, keys.stride(0), keys.stride(1)
     constants: dict[str, Any] = {
         "G": groups,
@@ -165,7 +155,7 @@ def decode_attention(
         "BLOCK_D": block_d,
         "BLOCK": block,
         "CHUNK": CHUNK,
-        "CAPPED": softcap is not None,
+        "CAPPED": s.softcap is not None,
         "WHOLE": chunks == 1,
     }
     if not n:
@@ -173,8 +163,8 @@ def decode_attention(
     with on_device(q):
         memory = q, k, v, keys, values, positions, out, parts, stats
         four_warps = options(4 * warp_size())
-        _attend[(n, kv_heads, chunks)](*memory, *strides, scale, softcap or 0.0, reach, **constants, **four_warps)
+        _attend[(n, kv_heads, chunks)](*memory, *strides, s.scale, s.softcap or 0.0, s.reach, **constants, **four_warps)
         if chunks > 1:
             joined: dict[str, Any] = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK}
-            _join[(n, heads)](parts, stats, positions, out, reach, chunks, **joined, **options(warp_size()))
+            _join[(n, heads)](parts, stats, positions, out, s.reach, chunks, **joined, **options(warp_size()))
     return out

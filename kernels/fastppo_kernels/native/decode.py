@@ -8,23 +8,14 @@ from torch import Tensor
 
 from fastppo_kernels.native.isa import chosen_isa
 from fastppo_kernels.native.library import load
+from fastppo_kernels.settings import DecodeSettings
 
 _POINTER, _INT, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    span: int,
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, s: DecodeSettings
 ) -> Tensor:
     """See `fastppo_kernels.decode_attention`; float32 inside.
 
@@ -34,16 +25,16 @@ def decode_attention(
     if q.dtype not in _DTYPES:
         raise ValueError(f"q must be float32 or bfloat16, got {q.dtype}; convert it with .float()")
     (n, heads, D), kv_heads = q.shape, k.shape[1]
-    if n and not 0 <= int(positions.min()) <= int(positions.max()) < span:
-        raise ValueError(f"positions must lie in [0, {span}), got {int(positions.min())} to {int(positions.max())}")
+    if n and not 0 <= int(positions.min()) <= int(positions.max()) < s.span:
+        raise ValueError(f"positions must lie in [0, {s.span}), got {int(positions.min())} to {int(positions.max())}")
     q, k, v, positions = (x.contiguous() for x in (q, k, v, positions))
     out, library, threads = torch.empty_like(q), _library(), torch.get_num_threads()
-    scratch = torch.empty(threads, library.fastppo_decode_scratch(span, heads // max(kv_heads, 1), D))
+    scratch = torch.empty(threads, library.fastppo_decode_scratch(s.span, heads // max(kv_heads, 1), D))
     library.fastppo_decode_attention(
         *[n, kv_heads, heads // max(kv_heads, 1), D, _DTYPES[q.dtype]],
         *[x.data_ptr() for x in (q, k, v, keys, values)],
-        *[keys.stride(0), keys.stride(1), positions.data_ptr(), span, span if window is None else window],
-        *[scale, softcap or 0.0, scratch.data_ptr(), out.data_ptr(), chosen_isa(), threads],
+        *[keys.stride(0), keys.stride(1), positions.data_ptr(), s.span, s.reach],
+        *[s.scale, s.softcap or 0.0, scratch.data_ptr(), out.data_ptr(), chosen_isa(), threads],
     )
     return out
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels import backend as backends
+from fastppo_kernels.settings import DecodeSettings
 
 
 @torch.library.custom_op("fastppo::decode_attention", mutates_args=("keys", "values"))
@@ -21,10 +22,8 @@ def decode_attention(
     backend: str,
 ) -> Tensor:
     """(n, heads, D); k and v are in keys and values afterwards."""
-    module = backends.load(backend)
-    return module.decode_attention(
-        q, k, v, keys, values, positions, scale=scale, window=window, softcap=softcap, span=span
-    )
+    settings = DecodeSettings(scale=scale, span=span, window=window, softcap=softcap)
+    return backends.load(backend).decode_attention(q, k, v, keys, values, positions, settings)
 
 
 @decode_attention.register_fake
