@@ -217,18 +217,19 @@ def peak_bytes(
     copies = operand * (chunk * H * (hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
     logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)
     dhidden, dweight = operand * R * H * wanted[0], 4 * V * H * wanted[1]
-    working = logits + (_product_bytes(chunk, V, H, small, converts, any(wanted)) if cpu else 0)
+    working = logits + (_product_bytes(chunk, V, H, small, converts, wanted) if cpu else 0)
     converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or weight_dtype.itemsize != 4))
     returned = hidden_dtype.itemsize * R * H * (wanted[0] and hidden_dtype.itemsize != operand)
     return dhidden + dweight + max(copies + working, returned + converted)
 
 
-def _product_bytes(chunk: int, V: int, H: int, small: bool, converts: bool, backward: bool) -> int:
+def _product_bytes(chunk: int, V: int, H: int, small: bool, converts: bool, wanted: tuple[bool, bool]) -> int:
     """Most bytes beside its operands and result that a product of a chunk by oneDNN takes: tiles of all of them."""
     across, along = (min(V, TILE_BYTES // (4 * max(1, other))) for other in (chunk, H))
     made = [across * (chunk + H * converts) * (converts or not _is_kept(chunk, V))]
-    if backward:
+    if wanted[0]:
         made.append(chunk * H + (along * (chunk + H) + chunk * H) * converts)
+    if wanted[1]:
         made.append(V * H if small else along * (chunk + 2 * H) + chunk * H)
     return 4 * max(made)
 
