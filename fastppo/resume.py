@@ -15,6 +15,7 @@ from fastppo import checkpoint, distributed, kept_rollout
 from fastppo.checkpoint import Checkpoint
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
+from fastppo.config_layers import LayersConfig
 from fastppo.config_watch import WatchConfig
 from fastppo.run import Run
 from fastppo.run_file import to_dict
@@ -24,15 +25,14 @@ PORTION_KEYS = {  # what a run that went out of memory may change: results then 
     "ppo.max_tokens_per_microbatch",
     "rollout.max_rows",
     "rollout.kv_gib",
-    "policy.gradient_checkpointing",
-    "critic.gradient_checkpointing",
+    *(f"layers.{f.name}" for f in fields(LayersConfig)),
 }
 FREE_KEYS = {  # what else may differ between a run and its continuation
     *("out", "device", "train.eval_every", "train.eval_prompts_max", "train.save_every", "train.keep_last"),
     *("train.loggers", "train.keep_best", "train.async_save", "train.keep_rollouts", "deterministic"),
     *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
-    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
+    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep", "gpu_share")),
     *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
 
