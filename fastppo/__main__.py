@@ -11,7 +11,8 @@ def main() -> None:
     takes_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in a job of the background
     if takes_ctrl_c:
         signal.signal(signal.SIGINT, _leave)
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # which libraries it lacks is no news of a run
+    for name in ("torchao", "torch.utils._pytree"):  # which libraries torchao lacks or lags behind is no news of a run
+        logging.getLogger(name).setLevel(logging.ERROR)
     from fastppo.cli import main as command
 
     if takes_ctrl_c:

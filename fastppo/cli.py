@@ -35,6 +35,11 @@ RUN_ERRORS = (
     OutOfMemory,
     OSError,
 )  # ends of a run that the message explains
+START = {  # options that are not keys of the run
+    "train": "--resume: go on from the newest whole checkpoint; --resume DIR: from that one. --profile: a trace of two "
+    "iterations. All others are keys of the run:",
+    "plan": "--gpu 24GB: plan for that card, not for this machine. --json: print JSON. All others are keys of the run:",
+}
 NO_RUN_FILE = (
     "train needs a run file, before any option: fastppo train RUN.toml --ppo.kl-coef 0.1; "
     "README.md shows one, `fastppo train --help` says more"
@@ -83,11 +88,11 @@ def train_with(args: Sequence[str]) -> None:
 def plan_with(args: Sequence[str]) -> None:
     """`fastppo plan` with what comes after it; exit code 2 where the run does not fit."""
     require(len(args) > 0 and not args[0].startswith("-"), NO_RUN_FILE.replace("train", "plan"))
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="fastppo plan RUN.toml", add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu")
     parser.add_argument("--json", action="store_true")
     known, overrides = parser.parse_known_args(args[1:])
-    made, ways = plan_run(parse_run(args[0], overrides), known.gpu)
+    made, ways = plan_run(parse_run(args[0], overrides, "plan"), known.gpu)
     if known.json:
         print(json.dumps(memory_report.to_dict(made, ways), indent=2))
     else:
@@ -105,13 +110,15 @@ def parse_start(args: Sequence[str]) -> tuple[str | None, bool, list[str]]:
     return known.resume, known.profile, overrides
 
 
-def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
+def parse_run(path: str, overrides: Sequence[str], command: str = "train") -> RunConfig:
     """A run file with `--dotted.key value` overrides, e.g. `--ppo.kl-coef 0.1 --rewards.0.weight 2`.
 
     A config that refuses its values is an `InputError`, as it is in the file; tyro would draw a box around it.
     """
-    prog = f"fastppo train {path}"
-    parse = functools.partial(tyro.cli, RunConfig, default=load_config(path), args=list(overrides), prog=prog)
+    prog = f"fastppo {command} {path}"
+    parse = functools.partial(
+        tyro.cli, RunConfig, default=load_config(path), args=list(overrides), prog=prog, description=START[command]
+    )
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             return parse()
@@ -127,7 +134,7 @@ def parse_run(path: str, overrides: Sequence[str]) -> RunConfig:
 def train(run: tyro.conf.Positional[str]) -> None:
     """Run PPO as a TOML file says. Any key can be changed: `fastppo train RUN.toml --ppo.kl-coef 0.1`;
     `fastppo train RUN.toml --help` lists all of them. `--resume` goes on from the newest whole checkpoint of the run
-    folder, `--resume DIR` from that one; `--profile` writes trace.json.gz and profile.txt of three iterations into it.
+    folder, `--resume DIR` from that one; `--profile` writes trace.json.gz and profile.txt of two iterations into it.
 
     Args:
         run: the run file.

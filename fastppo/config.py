@@ -1,5 +1,6 @@
 """Every knob of a run, with its unit and its legal range; those of models, prompts and rewards are in config_inputs,
-of sharing in config_memory, of layers in config_layers, of optimizers in config_optimizer.
+of sharing in config_memory, of layers in config_layers, of offloading in config_offload, of optimizers in
+config_optimizer.
 
 Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+
 below; what differs from them says so.
@@ -13,6 +14,7 @@ from fastppo.checks import require, require_positive, require_unit
 from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
 from fastppo.config_layers import LayersConfig
 from fastppo.config_memory import MemoryConfig
+from fastppo.config_offload import OffloadConfig
 from fastppo.config_optimizer import OptimizerConfig
 from fastppo.config_vllm import VLLMConfig
 from fastppo.config_watch import WatchConfig
@@ -256,6 +258,7 @@ class RunConfig:
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/ppo"
     """Run folder: config.json, metrics.jsonl, samples.jsonl, checkpoints/."""
@@ -288,6 +291,7 @@ class RunConfig:
             not self.train.keep_best or self.data.eval_prompts is not None,
             "train.keep_best goes by eval/scores: set data.eval_prompts",
         )
+        self.offload.check(self)
         self.watch.check_judge(names, has_evaluation=self.data.eval_prompts is not None)
         has_model = any(r.kind == "model" for r in self.rewards)
         require(

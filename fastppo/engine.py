@@ -17,8 +17,11 @@ from fastppo.aggregate import sequence_index
 from fastppo.batch import Experience, Prompts, Rollout, Sampling, cumulative
 from fastppo.checks import RolloutError, require
 from fastppo.config import GROUPED, OptimizerConfig, PPOConfig, RolloutConfig
+from fastppo.config_offload import OffloadConfig
 from fastppo.experience_metrics import experience_metrics
 from fastppo.left_out import only_scored
+from fastppo.offload.mover import coming
+from fastppo.offload.roles import attach, of_frozen
 from fastppo.optimizer import Trainable, make_trainable
 from fastppo.out_of_memory import Portion
 from fastppo.probe import Gap, Limits
@@ -39,6 +42,7 @@ class PPOEngine:
         tokenizer: only for its end-of-sequence token and to be saved beside the policy.
         total_steps: PPO iterations that learning-rate schedules span.
         rollout_engine: what samples; None: the embedded engine on the policy itself.
+        offload: what waits in host memory between its uses. The critic stays on the device from `score` to `update`.
     """
 
     def __init__(
@@ -52,13 +56,15 @@ class PPOEngine:
         rollout: RolloutConfig | None = None,
         policy_optimizer: OptimizerConfig | None = None,
         critic_optimizer: OptimizerConfig | None = None,
+        offload: OffloadConfig | None = None,
         total_steps: int = 1000,
         seed: int = 1,
         rollout_engine: RolloutEngine | None = None,
     ) -> None:
         self.ppo, self.config, self.tokenizer = ppo or PPOConfig(), rollout or RolloutConfig(), tokenizer
-        self.policy = policy
+        self.policy, offload = policy, offload or OffloadConfig()
         self.reference = self._reference(reference)
+        self._reference_at = of_frozen(self.reference, offload.reference, policy.device, beside=policy)
         self.critic = (critic or models.critic_from(policy)) if self.ppo.advantage == "gae" else None
         self.version = 0  # updates of the policy so far
         self.generator = torch.Generator().manual_seed(seed)  # of minibatch permutations and sampling seeds
@@ -67,12 +73,14 @@ class PPOEngine:
         self.penalty = PenaltyController(self.ppo.old_kl_coef, self.ppo.old_kl_target)
         limit = self.ppo.max_tokens_per_microbatch
         self.budget = Portion(limit, "tokens per micro-batch", "ppo.max_tokens_per_microbatch")
-        self._policy = make_trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
         self._critic = (
             None
             if self.critic is None
             else make_trainable(self.critic, critic_optimizer or OptimizerConfig(), total_steps)
         )
+        attach(self._critic, offload, "critic", beside=policy)  # away before the policy's masters are made
+        self._policy = make_trainable(policy, policy_optimizer or OptimizerConfig(), total_steps)
+        attach(self._policy, offload, "policy")
         self.rollout_engine = rollout_engine or make_engine(
             policy, self.config, eos_token_ids=models.eos_token_ids(policy, tokenizer), seed=seed
         )
@@ -141,10 +149,16 @@ class PPOEngine:
             rollout, scores, at_least=self.ppo.num_minibatches, grouped=self.ppo.advantage in GROUPED
         )
         cu_seqlens = cumulative(rollout.action_counts)
-        logprobs = self._old_logprobs(rollout)
-        gap = probe.of_rollout(logprobs, rollout, self.version, self._gap_limits)
-        cap = self.ppo.importance_cap or probe.cap_for(gap, rollout, self.version, self._gap_limits)
-        ref_logprobs = None if self.reference is None else self._logprobs(self.reference, rollout)
+        with coming(self._reference_at):  # behind the policy's forward
+            logprobs = self._old_logprobs(rollout)
+            gap = probe.of_rollout(logprobs, rollout, self.version, self._gap_limits)
+            cap = self.ppo.importance_cap or probe.cap_for(gap, rollout, self.version, self._gap_limits)
+            if self._critic is not None:
+                self._critic.weights_at.begin()  # behind the reference's
+            self._reference_at.arrive()
+            ref_logprobs = None if self.reference is None else self._logprobs(self.reference, rollout)
+        if self._critic is not None:
+            self._critic.weights_at.arrive()  # and stays: the update begins with it
         values, last_values = (None, None) if self.critic is None else self._values(self.critic, rollout)
         shaped, token_scores = advantages.shape_scores(
             scores.sequences, scores.tokens, rollout.truncated, cu_seqlens, self.ppo, self.moments
@@ -258,7 +272,8 @@ class PPOEngine:
         roles = dict(self._roles())
         for name, group in itertools.groupby(tensors, lambda item: item[0].partition("/")[0]):
             require(name in roles, f"the checkpoint has a {name}, this run has none")
-            roles[name].load((key.partition("/")[2], x) for key, x in group)
+            with roles[name].here():
+                roles[name].load((key.partition("/")[2], x) for key, x in group)
         for role in roles.values():
             role.skipped_in_a_row = 0
 

@@ -1,8 +1,9 @@
 """One role's model with its AdamW and schedule. Whatever the weights' dtype, the optimizer steps float32 masters."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastppo.adamw import make_adamw, placed, plain_tensors, set_rate, state_fro
 from fastppo.checks import require
 from fastppo.config import OptimizerConfig
 from fastppo.masters import Weight, gradients_where_masters_are, make_weight
+from fastppo.offload.mover import Kept, Presence
 
 
 @dataclass
@@ -28,11 +30,24 @@ class Trainable:
     skipped: int = 0  # steps not taken because loss or gradient was not finite
     skipped_in_a_row: int = 0
     fault: str = ""  # why the last step that was skipped in this iteration was, and in which tensor
+    weights_at: Presence = field(default_factory=Kept)
+    optimizer_at: Presence = field(default_factory=Kept)  # masters and moments
 
     @property
     def rate(self) -> float:
         """Learning rate of this PPO iteration."""
         return self.config.lr * learning_rate_factor(self.config, self.total_steps, self.iteration)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Within it the role trains: all of it is on the device, masters and moments by the first step."""
+        try:
+            self.weights_at.arrive()
+            self.optimizer_at.begin()
+            yield
+        finally:
+            self.weights_at.leave(changed=True)
+            self.optimizer_at.leave(changed=True)
 
     def step(self, loss: Tensor | float = 0.0) -> float:
         """Clip and step; a gradient or `loss` that is not finite leaves everything as it is.
@@ -47,6 +62,7 @@ class Trainable:
         total = float(norm + 0 * loss)  # 0 * infinity is NaN: the device is asked once
         if total < math.inf:  # False for NaN too
             torch.nn.utils.clip_grads_with_norm_(gradients, limit, norm)
+            self.optimizer_at.arrive()
             self._step_weights()
             self.skipped_in_a_row = 0
         else:
@@ -79,6 +95,7 @@ class Trainable:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Weights and optimizer state, to `restore`."""
+        self.optimizer_at.arrive()
         return {name: x.clone() for name, x in self.state().items()}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
@@ -100,6 +117,7 @@ class Trainable:
         Raises:
             ValueError: names or shapes are not those of this model.
         """
+        self.optimizer_at.arrive()
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in state:
             name, _, moment = key.partition("/")

@@ -16,6 +16,7 @@ from fastppo.checkpoint import Checkpoint
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.config_layers import LayersConfig
+from fastppo.config_offload import OffloadConfig
 from fastppo.config_watch import WatchConfig
 from fastppo.run import Run
 from fastppo.run_file import to_dict
@@ -32,6 +33,7 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
     *("train.loggers", "train.keep_best", "train.async_save", "train.keep_rollouts", "deterministic"),
     *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
+    *(f"offload.{f.name}" for f in fields(OffloadConfig)),
     *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep", "gpu_share")),
     *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
@@ -152,6 +154,8 @@ def refuse_another_run(before: dict[str, Any], config: RunConfig, what: str) -> 
     changed = [key for key in differ if re.sub(r"^rewards\.\d+", "rewards", key) not in free]
     shown = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    if "train.total_steps" in changed:
+        more += " (it stretches the learning rates' schedules: free where both are 'constant')"
     require(
         not changed,
         f"{what} is of another run: {shown}{more}. Set them back, or start a new run in another `out`",

@@ -18,10 +18,13 @@ from fastppo.aggregate import sequence_sums
 from fastppo.batch import Prompts, Rollout, Sample, cumulative
 from fastppo.checks import require
 from fastppo.config import DataConfig, RewardConfig
+from fastppo.config_offload import FrozenWay
 from fastppo.data import Messages, to_messages
 from fastppo.early_scores import EarlyScores, Heard
 from fastppo.endpoints import FunctionReward, HTTPReward, RewardError
 from fastppo.microbatch import microbatches
+from fastppo.offload.mover import Kept, Presence, coming
+from fastppo.offload.roles import of_frozen
 from fastppo.protocols import Reward
 from fastppo.reward_errors import OnError, ask, plain
 
@@ -78,12 +81,16 @@ class RewardModel:
         )
         self.model, self.tokenizer, self.label, self.batch_size, self.name = model, tokenizer, label, batch_size, name
         self.max_tokens, self.messages_of = max_tokens, messages_of
+        self.weights_at: Presence = Kept()
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         scores: list[float] = []
-        for start in range(0, len(samples), self.batch_size):
-            scores += self._score([self._ids(s) for s in samples[start : start + self.batch_size]])
+        with coming(self.weights_at):  # behind the tokenizer
+            for start in range(0, len(samples), self.batch_size):
+                ids = [self._ids(s) for s in samples[start : start + self.batch_size]]
+                self.weights_at.arrive()
+                scores += self._score(ids)
         return scores
 
     def _ids(self, sample: Sample) -> list[int]:
@@ -190,14 +197,16 @@ def load_rewards(
     device: torch.device,
     data: DataConfig | None = None,
     base: PreTrainedModel | None = None,
+    offload: FrozenWay = "keep",
 ) -> WeightedRewards:
     """Build what a run file's [[rewards]] tables describe.
 
     Args:
         data: which prompts are chats.
         base: a policy with adapters; a reward model that is adapters too goes on the same base.
+        offload: where the models are between two calls.
     """
-    rewards = [_load(c, policy_tokenizer, device, data, base) for c in configs]
+    rewards = [_load(c, policy_tokenizer, device, data, base, offload) for c in configs]
     early = {c.log_name: c.batch_size for c in configs if c.early}
     on_errors = [OnError(c.on_error, c.retries) for c in configs]
     weights = [c.weight for c in configs]
@@ -260,6 +269,7 @@ def _load(
     device: torch.device,
     data: DataConfig | None,
     base: PreTrainedModel | None,
+    offload: FrozenWay,
 ) -> Reward:
     name = config.log_name
     if config.kind == "function":
@@ -273,9 +283,10 @@ def _load(
             retries=config.retries,
         )
     model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code, base=base)
-    model = models.to_device(model, device)
+    model = models.to_device(model, device) if offload == "keep" else model
     tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)
     made = RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
+    made.weights_at = of_frozen(model, offload, device, beside=base)
     if data is not None:
         made.messages_of = lambda record: to_messages(record[data.field], data)
     return made

@@ -22,11 +22,13 @@ from fastppo.engine import PPOEngine
 from fastppo.kept_rollout import Kept
 from fastppo.memory import start as memory
 from fastppo.metrics import Metrics, require_loggers, rewind
+from fastppo.offload.roles import require_gpu
 from fastppo.rewards import WeightedRewards, load_rewards
 from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
 from fastppo.saving import Writer
 from fastppo.watch import Watch
+from fastppo_kernels.backend import choose_backend
 
 
 @dataclass
@@ -74,8 +76,10 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     require_loggers(config.train.loggers)
     _require_extras(config)
     device = _device(config.device)
+    _check_backend(device)
     models.require_a_gpu(config.layers, device)
     models.require_fused(config.layers, device)
+    require_gpu(config.offload, device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
     source = PromptSource(
         load_prompts(config.data.prompts, config.data, tokenizer),
@@ -96,7 +100,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     )
     _check_lengths(source.prompts, held_out, policy, config)
     policy = models.adapt(policy, config.memory, seed=config.seed) if config.memory.share == "lora" else policy
-    rewards = load_rewards(config.rewards, tokenizer, device, config.data, policy)
+    rewards = load_rewards(config.rewards, tokenizer, device, config.data, policy, config.offload.reward)
     _name_foreign_code(config)
     engine = PPOEngine(
         policy,
@@ -107,6 +111,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
         rollout=config.rollout,
         policy_optimizer=config.policy_optimizer,
         critic_optimizer=config.critic_optimizer,
+        offload=config.offload,
         total_steps=config.train.total_steps,
         seed=config.seed + 100003 * distributed.rank(),  # ranks sample differently (N+ details)
     )
@@ -141,6 +146,14 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _check_backend(device: torch.device) -> None:
+    """A FASTPPO_BACKEND that cannot run here is said before anything is loaded."""
+    try:
+        choose_backend("training", None, torch.zeros(1, device=device))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _require_extras(config: RunConfig) -> None:
@@ -248,7 +261,8 @@ def _critic(
             "critic.init = 'reward' needs a reward model that reads the policy's tokens from left to right, but "
             f"{reward.name!r} has a tokenizer of its own or is an encoder: use 'policy' or a checkpoint",
         )
-        return models.critic_from(reward.model, label=reward.label, layers=config.layers)
+        critic = models.critic_from(reward.model, label=reward.label, layers=config.layers)
+        return models.to_device(critic, device)  # the reward model may be in host memory
     critic = models.load_critic(
         config.critic.init,
         config.policy.dtype,

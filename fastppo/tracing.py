@@ -64,6 +64,7 @@ def write(made: Any, folder: Path) -> None:
     """The trace, and the table."""
     made.export_chrome_trace(str(folder / "trace.json.gz"))
     (folder / "profile.txt").write_text(table(made.events()), encoding="utf-8")
+    print(f"profile: {folder / 'profile.txt'}, and {folder / 'trace.json.gz'} for Perfetto", flush=True)
 
 
 def table(events: Any) -> str:

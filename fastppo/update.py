@@ -1,8 +1,10 @@
-"""The PPO update: epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
+"""The PPO update: roles x epochs x minibatches x micro-batches, early stop, roll-back, non-finite steps skipped."""
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,44 +50,75 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Improve policy and critic on one batch of experience; returns the metrics of the steps that were taken.
 
+    The roles take their steps one after the other, over the same minibatches: neither reads what the other has become,
+    and only one of them needs to be on the device. The critic, which `score` used last, goes first, unless the policy's
+    first forward has yet to say whether the experience can be trained on.
+
     `budget`: tokens per micro-batch. Where memory runs out, the gradient of the same minibatch is made again in smaller
     micro-batches: no step has been taken by then, and no random number drawn.
     """
-    policy_stats: list[Stats] = []
-    value_stats: list[Stats] = []
-    norms: dict[str, list[float]] = {"policy": [], "critic": []}
+    epochs = [_minibatches(experience, config, objective, generator) for _ in range(config.num_epochs)]
+    minibatches = [m for epoch in epochs for m in epoch if m.trains]  # else a step would only follow Adam's momentum
+    halves = [
+        partial(_train_critic, critic, experience, minibatches, config, budget),
+        partial(_train_policy, policy, experience, minibatches, config, objective, budget),
+    ]
+    if objective.gap_limit is not None:
+        halves.reverse()
+        if critic is not None:
+            critic.weights_at.leave()  # until its turn
+    metrics: dict[str, float] = {}
+    for half in halves:
+        metrics |= half()
+    return metrics
+
+
+def _train_policy(
+    policy: Trainable, experience: Experience, minibatches: list[Minibatch], config: PPOConfig, objective: Objective,
+    budget: Portion,
+) -> dict[str, float]:  # fmt: skip
+    done: list[Stats] = []
+    norms: list[float] = []
     before: dict[str, Tensor] = {}
     drift: float | None = None  # where the policy stopped
-    for _ in range(config.num_epochs):
-        for minibatch in _minibatches(experience, config, objective, generator):
-            if not minibatch.trains:
-                continue  # no action trains: a step would only follow Adam's momentum
-            if objective.train_policy and drift is None:
-                fresh = objective.on_policy and not policy_stats  # nothing has moved: the ratio is 1 by definition
-                measures = objective.gap_limit is not None and not policy_stats
-                stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, measures, budget)
-                if measures:
-                    _check_gap(policy, stats, experience, objective)
-                if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
-                    drift = kl
-                    policy.zero_grad()
-                    if before:
-                        policy.restore(before)
-                else:
-                    before = policy.snapshot() if config.roll_back else {}
-                    norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
-                    if norm < math.inf:  # else the step was skipped
-                        policy_stats.append(stats)
-                        norms["policy"].append(norm)
-            if critic is not None:
-                stats = _value_gradient(critic, experience, minibatch, config, budget)
-                norm = critic.step(stats["value_loss_sum"])
-                if norm < math.inf:
-                    value_stats.append(stats)
-                    norms["critic"].append(norm)
-    metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms["policy"]))}
+    with policy.here() if objective.train_policy else nullcontext():
+        for minibatch in minibatches if objective.train_policy else ():
+            fresh = objective.on_policy and not done  # nothing has moved: the ratio is 1 by definition
+            measures = objective.gap_limit is not None and not done
+            stats = _policy_gradient(policy, experience, minibatch, config, objective, fresh, measures, budget)
+            if measures:
+                _check_gap(policy, stats, experience, objective)
+            if config.target_kl is not None and (kl := _mean(stats, "old_k3_sum")) > config.target_kl:
+                drift = kl
+                policy.zero_grad()
+                if before:
+                    policy.restore(before)
+                break
+            before = policy.snapshot() if config.roll_back else {}
+            norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
+            if norm < math.inf:  # else the step was skipped
+                done.append(stats)
+                norms.append(norm)
+    metrics = {"policy/early_stop": float(drift is not None), "policy/steps": float(len(norms))}
     metrics |= {} if drift is None else {"policy/kl_at_stop": drift}
-    return metrics | _policy_metrics(policy_stats) | _value_metrics(value_stats, config) | _norm_metrics(norms)
+    return metrics | _policy_metrics(done) | _norm_metric("policy", norms)
+
+
+def _train_critic(
+    critic: Trainable | None, experience: Experience, minibatches: list[Minibatch], config: PPOConfig, budget: Portion
+) -> dict[str, float]:
+    if critic is None:
+        return {}
+    done: list[Stats] = []
+    norms: list[float] = []
+    with critic.here():
+        for minibatch in minibatches:
+            stats = _value_gradient(critic, experience, minibatch, config, budget)
+            norm = critic.step(stats["value_loss_sum"])
+            if norm < math.inf:
+                done.append(stats)
+                norms.append(norm)
+    return _value_metrics(done, config) | _norm_metric("critic", norms)
 
 
 def _check_gap(policy: Trainable, stats: Stats, experience: Experience, objective: Objective) -> None:
@@ -241,5 +274,5 @@ def _value_metrics(parts: list[Stats], config: PPOConfig) -> dict[str, float]:
     }
 
 
-def _norm_metrics(norms: dict[str, list[float]]) -> dict[str, float]:
-    return {f"{role}/grad_norm": sum(values) / len(values) for role, values in norms.items() if values}
+def _norm_metric(role: str, norms: list[float]) -> dict[str, float]:
+    return {f"{role}/grad_norm": sum(norms) / len(norms)} if norms else {}

@@ -35,7 +35,7 @@ def add_common(made: argparse.ArgumentParser) -> None:
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--seed", type=int, default=0, help="of all random inputs")
     made.add_argument("--commit", help="what to call the commit; default: what git says")
-    made.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
+    made.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs: times mean nothing")
     made.add_argument("--out", type=Path, help="append JSON lines here")
     made.add_argument("--go-on", action="store_true", help="leave out what --out has already")
 

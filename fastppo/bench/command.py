@@ -87,9 +87,12 @@ def _compare(argv: list[str]) -> int:
 
 def kernels(argv: list[str]) -> None:
     """The ops that --ops names, or all; other options go to each of them."""
-    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    made.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    made = argparse.ArgumentParser(prog="fastppo bench kernels", add_help=False, allow_abbrev=False)
+    made.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="default: all; each --help has its own")
     mine, rest = made.parse_known_args(argv)
+    if {"-h", "--help"}.intersection(rest) and len(mine.ops) > 1:
+        made.print_help()
+        print("\nand, of every op:")
     for op in mine.ops:
         arguments.run(OPS[op].parser(), OPS[op].cases, rest)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from fastppo.bench import pictures, records
 from fastppo.bench.records import Record
 from fastppo.bench.step import PHASES
+from fastppo.checks import require
 
 INTRO = """# Benchmarks
 
@@ -62,7 +63,11 @@ def main(argv: list[str]) -> None:
 
 def pages(folder: Path, docs: Path) -> dict[Path, str]:
     """Every file of the report and what is in it."""
-    found = newest(line for path in sorted(folder.glob("*.jsonl")) for line in records.read(path))
+    files = sorted(folder.glob("*.jsonl"))
+    require(
+        len(files) > 0, f"{str(folder)!r} has no *.jsonl: `fastppo bench SUITE --out {folder}/NAME.jsonl` writes some"
+    )
+    found = newest(line for path in files for line in records.read(path))
     out: dict[Path, str] = {}
     shown = os.path.relpath(folder, docs.parent.parent).replace(os.sep, "/")
     text = [INTRO.format(folder=shown)]

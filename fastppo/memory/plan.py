@@ -1,13 +1,16 @@
 """The peak of each phase of a run, by component, before anything is loaded."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from fastppo.config_offload import OffloadConfig
 from fastppo.memory import passes
 from fastppo.memory.ledger import Parts
 from fastppo.memory.passes import GRADIENTS, KV, MASTERS, WEIGHTS, Load, Model
+from fastppo.memory.presence import in_host_memory, loading, moments, on_device, reward
 from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
 
 GIB = 1 << 30
@@ -66,6 +69,7 @@ class Setting:
     """Reward models, and how many sequences each reads at a time."""
     work: Work
     roll_back: bool = False
+    offload: OffloadConfig = OffloadConfig()
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +102,10 @@ class Plan:
     phases: tuple[Phase, ...]
     budget: int | None
     """Bytes of the device."""
+    lasting: int = 0
+    """Bytes that are there from loading on, whatever moves."""
+    in_host_memory: int = 0
+    """Bytes of what moves, which waits there."""
 
     @property
     def peak(self) -> Phase:
@@ -108,8 +116,7 @@ class Plan:
     def overhead(self) -> int:
         """Beside the tensors: the process, and what the allocator cannot use."""
         device = self.setting.device.type
-        lasting = self.phases[0].own
-        return CONTEXT[device] + int(SLACK[device] * max(0, self.peak.own - lasting))
+        return CONTEXT[device] + int(SLACK[device] * max(0, self.peak.own - self.lasting))
 
     @property
     def needed(self) -> int:
@@ -123,37 +130,35 @@ class Plan:
 
 def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     """Dry runs of every phase; all but `load` are of a later iteration, when the optimizers have their moments."""
-    loaded, moments = resident(setting)
-    lasting = loaded + moments
-    sampler, kept = _rollout(setting, lasting.total(), budget)
+    here = functools.partial(on_device, setting)
+    sampler, kept = _rollout(setting, here().total(), budget)
     awake, between = _servers(setting.work, budget)
-    made = [Phase("load", loaded + awake), Phase("rollout", lasting + sampler + awake)]
-    lasting = lasting + kept + between
+    made = [Phase("load", loading(setting) + awake), Phase("rollout", here() + sampler + awake)]
+    later = kept + between
     if setting.rewards:
-        made.append(Phase("reward", lasting + _largest([_reward(*r, setting.work) for r in setting.rewards])))
-    scored = [m for m in (setting.policy, setting.reference, setting.critic) if m is not None]
-    made.append(Phase("score", lasting + _largest([_forward(m, setting.work) for m in scored]) + _batch(setting)))
-    updates = [_gradient(setting.policy, setting)]
+        rewards = [here(reward(i)) + _reward(*r, setting.work) for i, r in enumerate(setting.rewards)]
+        made.append(Phase("reward", _largest(rewards) + later))
+    made.append(Phase("score", _largest(list(_scoring(setting))) + _batch(setting) + later))
+    made.append(Phase("update", _largest(list(_updating(setting))) + _batch(setting) + later))
+    return Plan(setting, tuple(made), budget, (here() - moments(here())).total(), in_host_memory(setting))
+
+
+def _scoring(setting: Setting) -> Iterator[Parts]:
+    """One model after the other; what moves comes while the one before it is at work."""
+    here, critic = functools.partial(on_device, setting), setting.critic
+    yield here("reference") + _forward(setting.policy, setting.work)
+    if setting.reference is not None:
+        yield here("reference", "critic") + _forward(setting.reference, setting.work)
+    if critic is not None:
+        yield here("critic") + _forward(critic, setting.work)
+
+
+def _updating(setting: Setting) -> Iterator[Parts]:
+    """One role after the other."""
+    here = functools.partial(on_device, setting)
     if setting.critic is not None:
-        updates.append(_gradient(setting.critic, setting))
-    snapshot = _snapshot(setting)
-    made.append(Phase("update", lasting + _largest(updates) + _batch(setting) + snapshot))
-    return Plan(setting, tuple(made), budget)
-
-
-def resident(setting: Setting) -> tuple[Parts, Parts]:
-    """What lives from loading on, and the optimizers' moments."""
-    loaded, moments = Parts(), Parts()
-    named = [("policy", setting.policy), ("critic", setting.critic), ("reference", setting.reference)]
-    named += [("reward", model) for model, _ in setting.rewards]
-    for name, model in [(name, model) for name, model in named if model is not None]:
-        size = passes.sizes(model)
-        on_base = model.adapted and name != "policy"  # whose weights are counted there
-        loaded[f"{name} weights"] += size.trained if on_base else size.weights
-    for model in [model for model in (setting.policy, setting.critic) if model is not None]:
-        loaded[MASTERS] += passes.sizes(model).masters
-        moments["optimizer moments"] += passes.sizes(model).moments
-    return +loaded, moments
+        yield here("critic", "critic_optimizer") + _gradient(setting.critic, setting)
+    yield here("policy_optimizer") + _gradient(setting.policy, setting) + _snapshot(setting)
 
 
 def _gradient(model: Model, setting: Setting) -> Parts:

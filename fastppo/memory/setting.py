@@ -35,6 +35,7 @@ def setting_of(
         rewards=tuple((_reward(r, config, device), r.batch_size) for r in _reward_models(config)),
         work=_work(config, prompt_tokens, world_size),
         roll_back=config.ppo.roll_back,
+        offload=config.offload,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastppo import distributed
-from fastppo.checks import InputError
+from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.memory import report
 from fastppo.memory.plan import Plan, make_plan
@@ -42,6 +42,8 @@ def check_start(config: RunConfig, device: torch.device, prompt_tokens: int) -> 
     made = make_plan(setting, memory_of(device))
     if not made.fits and not make_plan(least(setting), made.budget).fits:
         raise InputError(refusal(made, ways_to_fit(config, made)))
+    if device.type == "cuda":
+        _check_host(made)
     if distributed.rank() == 0:
         print(report.verdict(made) + _remark(made), flush=True)
     return made
@@ -67,6 +69,19 @@ def memory_of(device: torch.device) -> int | None:
         return torch.cuda.get_device_properties(device).total_memory
     known = [_meminfo("MemTotal"), int(CGROUP.read_text()) if _limited() else None]
     return min((size for size in known if size is not None), default=None)
+
+
+def _check_host(plan: Plan) -> None:
+    """
+    Raises:
+        ValueError: what is to wait in host memory is more than that.
+    """
+    there, sent = memory_of(torch.device("cpu")), plan.in_host_memory * distributed.local_world_size()
+    require(
+        there is None or sent <= there,
+        f"[offload] sends {report.gib(sent)} to host memory, which has {report.gib(there or 0)}: set some of "
+        f"{', '.join(plan.setting.offload.chosen)} to 'keep'",
+    )
 
 
 def _limited() -> bool:

@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from fastppo.checks import InputError
 from fastppo.config import RunConfig
-from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan, resident
+from fastppo.config_offload import OffloadConfig
+from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan
+from fastppo.memory.presence import on_device
 from fastppo.memory.setting import setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
+KEYS = tuple(f.name for f in fields(OffloadConfig))
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,16 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     Micro-batches and rows, which change no result, are made as small as it takes and left as large as they can be.
     """
     found: list[Way] = []
-    for changes in _combinations(list(_changes(config, plan.setting.device.type))):
+    device = plan.setting.device.type
+    offloads = list(_offloads(config)) if device == "cuda" else []
+    for changes in _combinations(offloads + list(_changes(config, device))):
         keys = {key: value for change in changes for key, value in change.keys.items()}
         if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
         made = _tried(config, keys, plan)
         if made is not None:
             portions, fitted = made
+            keys, fitted = _without_spare(config, keys, portions, fitted)
             cost = "; ".join([c.cost for c in changes] + ["smaller portions, the same results"] * bool(portions))
             found.append(Way(keys | portions, cost, fitted))
         if len(found) == MOST_WAYS:
@@ -115,6 +121,38 @@ def _optimizers(config: RunConfig) -> Iterator[Change]:
         yield Change({"memory.share": "lora"}, "adapters are trained, not the weights (peft)", 4)
 
 
+def _offloads(config: RunConfig) -> Iterator[Change]:
+    """They change no result; what moves is copied once per iteration, what is streamed once per micro-batch."""
+    shares, kept = config.memory.share == "lora", {key for key in KEYS if getattr(config.offload, key) == "keep"}
+    critic = config.ppo.advantage == "gae"
+    frozen = {"reference"} if config.ppo.kl_coef > 0 and (not shares or config.policy.reference is not None) else set()
+    frozen |= {"reward"} if any(r.kind == "model" for r in config.rewards) else set()
+    trained = {"critic"} if critic and not shares else set()
+    roles = ["policy_optimizer", *(["critic_optimizer"] if critic else [])]
+    trained |= {role for role in roles if getattr(config, role).kind != "adamw-cpu-offload"}
+    if frozen & kept:
+        keys: dict[str, object] = {f"offload.{key}": "move" for key in sorted(frozen & kept)}
+        yield Change(keys, "frozen models wait in host memory, the same results", 1)
+    if critic and trained & kept:
+        keys = {f"offload.{key}": "move" for key in sorted(trained & kept)}
+        yield Change(keys, "critic and optimizers wait in host memory, the same results", 1)
+    if streams := {key for key in frozen if getattr(config.offload, key) != "stream"}:
+        keys = {f"offload.{key}": "stream" for key in sorted(streams)}
+        yield Change(keys, "layers of frozen models come one by one, the same results", 2)
+
+
+def _without_spare(
+    config: RunConfig, keys: dict[str, object], portions: dict[str, object], plan: Plan
+) -> tuple[dict[str, object], Plan]:
+    """Without those of `[offload]` that it fits without, in the same portions; and the plan."""
+    for key in [key for key in keys if key.startswith("offload.")]:
+        fewer = {name: value for name, value in keys.items() if name != key}
+        found = _tried(config, fewer | portions, plan)
+        if found is not None and not found[0]:
+            keys, plan = fewer, found[1]
+    return keys, plan
+
+
 def _combinations(changes: list[Change]) -> Iterator[tuple[Change, ...]]:
     """None of them, then some, by the sum of their prices."""
     some = [c for n in range(MOST_CHANGES + 1) for c in itertools.combinations(changes, n) if not _alternatives(c)]
@@ -146,7 +184,7 @@ def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | N
     work, budget = plan.setting.work, plan.budget
     setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
     setting = replace(setting, work=replace(setting.work, sequences=work.sequences, minibatch=work.minibatch))
-    certain = sum(part.total() for part in resident(setting)) + CONTEXT[setting.device.type]
+    certain = on_device(setting).total() + CONTEXT[setting.device.type]
     if certain > (budget or 0) or not make_plan(least(setting), budget).fits:
         return None
     keys: dict[str, object] = {}

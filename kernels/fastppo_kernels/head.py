@@ -227,10 +227,8 @@ def _product_bytes(chunk: int, V: int, H: int, small: bool, converts: bool, want
     """Most bytes beside its operands and result that a product of a chunk by oneDNN takes: tiles of all of them."""
     across, along = (min(V, TILE_BYTES // (4 * max(1, other))) for other in (chunk, H))
     made = [across * (chunk + H * converts) * (converts or not _is_kept(chunk, V))]
-    if wanted[0]:
-        made.append(chunk * H + (along * (chunk + H) + chunk * H) * converts)
-    if wanted[1]:
-        made.append(V * H if small else along * (chunk + 2 * H) + chunk * H)
+    made += [chunk * H + (along * (chunk + H) + chunk * H) * converts] * wanted[0]
+    made += [V * H if small else along * (chunk + 2 * H) + chunk * H] * wanted[1]
     return 4 * max(made)
 
 

@@ -1,0 +1,111 @@
+"""A plan knows who is on the device when, and offers to send away what is not."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import runs
+from fastppo.checks import InputError
+from fastppo.config_offload import OffloadConfig
+from fastppo.memory import report, start
+from fastppo.memory.plan import GIB, Plan
+from fastppo.memory.setting import setting_of
+from fastppo.memory.ways import changed, ways_to_fit
+from test_memory import BENCH, CPU, CUDA, plan_of, wide
+
+ALL = {key: "move" for key in ("reference", "critic", "critic_optimizer", "policy_optimizer")}
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("memory_cases")
+
+
+def weights_in(plan: Plan) -> dict[str, set[str]]:
+    """By phase, the roles whose weights are on the device."""
+    return {
+        phase.name: {name.removesuffix(" weights") for name in phase.parts if "weights" in name}
+        for phase in plan.phases
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("full, bfloat16, everything moves", marks=pytest.mark.slow), "full, reference and reward stream"],
+)
+def test_every_phase_takes_what_was_planned_where_roles_move(name: str, cases: Any, tmp_path: Path) -> None:
+    """On a CPU, where host memory is the same memory and is measured with it."""
+    case = next(case for case in cases.CASES if case.name == name)
+    run = cases.config(case, tmp_path)
+    used, plan = cases.measured(run, case), cases.planned(run)
+    for phase in plan.phases[1:]:
+        assert phase.total + plan.in_host_memory == pytest.approx(used[phase.name].peak, rel=0.05), phase
+    assert used["load"].peak <= 1.02 * (plan.phases[0].total + plan.in_host_memory)
+
+
+def test_a_role_that_moves_is_counted_where_it_is_used_alone(tmp_path: Path) -> None:
+    classifier = runs.checkpoint(tmp_path / "reward", kind=AutoModelForSequenceClassification)
+    rewards = [{"kind": "model", "target": classifier, "dtype": "bfloat16"}]
+    kept, moved = (plan_of(wide(tmp_path, rewards=rewards, offload=x)) for x in ({}, {**ALL, "reward": "move"}))
+    everyone = {"policy", "critic", "reference", "reward"}
+    assert weights_in(kept) == dict.fromkeys(("load", "rollout", "reward", "score", "update"), everyone)
+    there = weights_in(moved)
+    assert there["rollout"] == {"policy"} and there["reward"] == {"policy", "reward"}
+    assert there["score"] == {"policy", "reference", "critic"}
+    assert there["update"] in ({"policy"}, {"policy", "critic"})
+    before, after = kept.phases[-1].parts, moved.phases[-1].parts
+    for name in ("optimizer moments", "float32 masters"):
+        assert after[name] == pytest.approx(before[name] / 2, rel=0.2)
+        assert "optimizer moments" not in moved.phases[1].parts
+    assert moved.in_host_memory > 12 * GIB and kept.in_host_memory == 0 and moved.needed < kept.needed
+    assert "wait in host memory" in report.verdict(moved) and "wait in" not in report.verdict(kept)
+
+
+def test_a_streamed_model_takes_less_than_one_that_moves(tmp_path: Path) -> None:
+    """Its embeddings and head, and two layers; of two layers in all that is as much."""
+    plans = {way: plan_of(wide(tmp_path, offload={"reference": way})) for way in ("move", "stream")}
+    assert plans["stream"].in_host_memory == plans["move"].in_host_memory
+    assert plans["stream"].phases[-1].parts == plans["move"].phases[-1].parts
+
+
+@pytest.mark.parametrize("sent", [["reference"], ["critic_optimizer", "policy_optimizer"], [*ALL]])
+def test_what_fits_by_sending_away_what_waits_gives_up_nothing_else(sent: list[str], tmp_path: Path) -> None:
+    """The first way; and no more is sent away than it takes."""
+    small = {"ppo": {"num_minibatches": 4, "max_tokens_per_microbatch": 1024}, "rollout": {"max_rows": 1}}
+    run = wide(tmp_path, **small)
+    budget = plan_of(wide(tmp_path, **small, offload=dict.fromkeys(sent, "move"))).needed
+    first = ways_to_fit(run, plan_of(run, budget))[0]
+    assert all(key.startswith("offload.") for key in first.keys), first.keys
+    assert first.plan.fits and "same results" in first.cost and len(first.keys) <= len(sent)
+    for key in first.keys:
+        fewer = {name: value for name, value in first.keys.items() if name != key}
+        assert not plan_of(changed(run, fewer), budget).fits
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_a_cpu_is_not_offered_what_it_cannot_do(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr("fastppo.memory.ways._tried", lambda config, keys, plan: tried.extend(keys))
+    run = wide(tmp_path)
+    ways_to_fit(run, Plan(setting_of(run, device), (), budget=1))
+    assert tried and any(key.startswith("offload.") for key in tried) == (device == CUDA)
+
+
+def test_a_machine_with_too_little_host_memory_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(wide(tmp_path, offload={"reference": "move"}))
+    start._check_host(plan_of(wide(tmp_path)))
+    monkeypatch.setattr(start, "memory_of", lambda device: GIB if device == torch.device("cpu") else None)
+    with pytest.raises(InputError, match=r"sends .* GiB to host memory, which has 1.0 GiB: set some of reference to"):
+        start._check_host(plan)
+
+
+def test_every_key_of_the_group_is_offered_or_needs_none() -> None:
+    """A key that is added must be thought of where ways out are listed."""
+    assert {*ALL, "reward"} == {key for key in OffloadConfig.__dataclass_fields__}
