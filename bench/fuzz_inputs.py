@@ -2,9 +2,10 @@
 
     python bench/fuzz_inputs.py --configs 1000 --checkpoints 300
 
-A mutated run file must be put together as a legal run or be refused by an InputError in one line. A damaged folder of
-checkpoints must give the newest one that is bit for bit as it was written, or none, with a reason for each that was
-passed over. Exit code 1 if one does otherwise. Everything happens in this process.
+A mutated run file must be put together as a legal run or be refused by an InputError in one line, or with the planner's
+table where it cannot fit the memory. A damaged folder of checkpoints must give the newest one that is bit for bit as it
+was written, or none, with a reason for each that was passed over. Exit code 1 if one does otherwise. Everything happens
+in this process.
 """
 
 import argparse
@@ -88,6 +89,8 @@ def fuzz_configs(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     """`count` mutated run files; what became of them."""
     tables = _without_none(to_dict(runs.config(folder, watch={"window": 3})))  # every key
     base, outcomes = runs.toml(tables), Counter[str]()
+    (folder / "fuzz.toml").write_text(base, encoding="utf-8")
+    load_config(folder / "fuzz.toml")  # what is mutated is legal, else every mutation of it is refused
     for i in range(count):
         kind = ("values", "bytes", "JSON")[i % 3]
         path = folder / ("fuzz.json" if kind == "JSON" else "fuzz.toml")
@@ -110,6 +113,8 @@ def outcome(call: Callable[[], Any], path: Path) -> str:
         with redirect_stdout(io.StringIO()):
             build(replace(config, out=str(path.parent / "run"))).close()
     except InputError as error:
+        if str(error).startswith("memory: "):
+            return "refused with the table of what it would take"
         return "refused in one line" if str(error).strip() and "\n" not in str(error) else failure(path)
     except BaseException:
         return failure(path)

@@ -22,7 +22,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
 PHASES = ("rollout", "reward", "score", "update", "write")
-LONGEST_S = 0.02  # a phase of this run takes as long
 
 
 def child(path: str) -> None:
@@ -57,17 +56,19 @@ def start(path: Path) -> subprocess.Popen[str]:
     )
 
 
-def life(path: Path, phase: str | None, rng: random.Random) -> dict[str, Any]:
-    """One life of the run; killed in the n-th occurrence of `phase`, or left alone with None."""
-    process, left, seen, lines = start(path), rng.randint(1, 6), "start", []
+def life(path: Path, phase: str | None, rng: random.Random, longest_s: float = 0.0) -> dict[str, Any]:
+    """One life of the run; killed in the n-th occurrence of `phase`, at most `longest_s` after it began, or left alone
+    with None."""
+    process, left, seen, lines, events = start(path), rng.randint(1, 6), "start", [], []
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
         if line.startswith("phase "):
             seen = line.split()[1]
+            events.append((seen, time.perf_counter()))
             left -= seen == phase
             if seen == phase and left == 0:
-                time.sleep(rng.random() * LONGEST_S)
+                time.sleep(rng.random() * longest_s)
                 process.send_signal(signal.SIGKILL)
                 break
     rest, _ = process.communicate(timeout=120)
@@ -76,10 +77,22 @@ def life(path: Path, phase: str | None, rng: random.Random) -> dict[str, Any]:
     return {
         "code": process.returncode,
         "phase": [seen, *late][-1],
+        "events": events,
         "resumed": resumed[0].split()[5] if resumed else "0",
         "took": next((x.split(" of ")[0].split("took the ")[1] for x in lines if x.startswith("resume: took")), "-"),
         "output": "".join(lines) + rest,
     }
+
+
+def longest(events: list[tuple[str, float]]) -> dict[str, float]:
+    """Seconds within which nine of ten of each phase end: until another begins, of a write until it is written."""
+    spans: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for i, (phase, begin) in enumerate(events):
+        aside = ("write", "written")
+        ends = [t for name, t in events[i + 1 :] if (name == "written" if phase == "write" else name not in aside)]
+        if phase in spans and ends:
+            spans[phase].append(ends[0] - begin)
+    return {phase: sorted(found)[len(found) * 9 // 10] for phase, found in spans.items()}
 
 
 def make_run(folder: Path, name: str, steps: int) -> Path:
@@ -122,14 +135,15 @@ def measure(folder: Path, kills: int, seed: int) -> list[str]:
     rng, steps = random.Random(seed), max(8, 6 * kills)
     undisturbed = life(make_run(folder, "undisturbed", steps), None, rng)
     assert undisturbed["code"] == 0, undisturbed["output"]
-    path, done = make_run(folder, "killed", steps), 0
+    path, done, spans = make_run(folder, "killed", steps), 0, longest(undisturbed["events"])
+    print("seconds of a phase:", {phase: round(span, 3) for phase, span in spans.items()})
     print(f"{'kill':>4}  {'aimed at':9} {'died in':9} {'had resumed from':>16}  and taken")
     while done < kills:
-        ended = life(path, PHASES[done % len(PHASES)], rng)
+        phase = PHASES[done % len(PHASES)]
+        ended = life(path, phase, rng, spans[phase])
         assert ended["code"] == -signal.SIGKILL, f"the run ended before kill {done + 1}:\n{ended['output']}"
         done += 1
-        aimed = PHASES[(done - 1) % len(PHASES)]
-        print(f"{done:4}  {aimed:9} {ended['phase']:9} {ended['resumed']:>16}  {ended['took']}", flush=True)
+        print(f"{done:4}  {phase:9} {ended['phase']:9} {ended['resumed']:>16}  {ended['took']}", flush=True)
     last = life(path, None, rng)
     assert last["code"] == 0, last["output"]
     return differences(folder / "undisturbed", folder / "killed")

@@ -151,8 +151,9 @@ def _flash_attn(
     cu, n = packing.cu_seqlens, packing.max_seqlen
     left = -1 if window is None else window - 1
     return flash_attn_varlen_func(
-        q, k, v, cu, cu, n, n, softmax_scale=scaling, causal=True, window_size=(left, 0), softcap=softcap or 0.0
-    )
+        q, k, v, cu, cu, n, n, softmax_scale=scaling, causal=True, window_size=(left, 0), softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's own kernels ask for themselves
+    )  # fmt: skip
 
 
 def _torch_varlen(

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from fastppo import distributed
 from fastppo.checks import InputError, require
+from fastppo.durable import sync
 
 CHECKSUMS, NUMBERS, TENSORS = "checksums.json", "state.json", "state.safetensors"
 FORMAT = 2
-ABANDONED = "abandoned-"
+ABANDONED, PARTIAL, OLD = "abandoned-", ".partial", ".old"
 
 
 class CheckpointError(OSError):
@@ -70,7 +71,7 @@ def write(
     Raises:
         CheckpointError: the disk is full or cannot be written. What was there before is untouched.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_models(partial)
@@ -80,11 +81,11 @@ def write(
         sums = {str(path.relative_to(partial)): _sha256(path) for path in _files(partial)}
         (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         for path in [*_files(partial), *(p for p in partial.rglob("*") if p.is_dir()), partial]:
-            _sync(path)
+            sync(path)
         _replace(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:  # the last: of a tokenizer
             why = f"{error}: those written before are as they were; make room and go on with --resume"
             raise CheckpointError(f"cannot write the checkpoint {folder}: {why}") from error
         raise
@@ -120,7 +121,7 @@ def read(folder: Path) -> Checkpoint:
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The whole checkpoint of most iterations under `folder`, and why others that claim more were passed over."""
     passed_over: list[str] = []
-    for path in sorted(_candidates(folder), key=claimed_step, reverse=True):
+    for path in by_steps(folder):
         try:
             return read(path), passed_over
         except InputError as error:
@@ -128,23 +129,43 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints of more than `step` iterations: the run goes on from there, and they are of another future.
+def by_steps(folder: Path) -> list[Path]:
+    """What may be checkpoints of this run, those that claim the most iterations first; nothing half written, and
+    nothing of a future that was abandoned."""
+    return sorted(_candidates(folder), key=claimed_step, reverse=True)
 
-    What a killed process had half written is deleted.
-    """
-    for path in folder.glob(".*.partial"):
+
+def repair(folder: Path) -> None:
+    """Finish what killed processes were at: delete what was half written, and give back its name to a checkpoint that
+    was making place for a new one."""
+    for path in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(path)
+    for old in folder.glob(f".*{OLD}"):
+        path = old.with_name(old.name[1 : -len(OLD)])
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints of more than `step` iterations: the run goes on from there, and they are of another future."""
     for path in _candidates(folder):
         if claimed_step(path)[0] > step:
             path.rename(folder / f"{ABANDONED}{path.name.lstrip('.')}-{time.time_ns()}")
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` of `step-*`; 0 keeps all. Other names are never touched."""
+    """Delete all but the last `keep_last` of `step-*`; 0 keeps all. Other names are never touched.
+
+    What cannot be deleted, as where somebody reads it on NFS, is said: it ends no run.
+    """
     steps = sorted((path for path in folder.glob("step-*") if path.is_dir()), key=claimed_step)
     for path in steps[: -keep_last or len(steps)] if keep_last else []:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"cannot delete the checkpoint {path}: {error}", flush=True)
 
 
 def rng_state() -> dict[str, Any]:
@@ -183,22 +204,23 @@ def unpack(text: str) -> Tensor:
 def _candidates(folder: Path) -> list[Path]:
     """Every folder but the half-written; a killed rename leaves the whole `.<name>.old`."""
     folders = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    return [p for p in folders if not p.name.endswith(".partial") and not p.name.startswith(ABANDONED)]
+    return [p for p in folders if not p.name.endswith(PARTIAL) and not p.name.startswith(ABANDONED)]
 
 
 def claimed_step(folder: Path) -> tuple[int, str]:
     """To sort by: the step of state.json, or of the folder's name where that cannot be read; models alone come last."""
     try:
         return int(json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["step"]), folder.name
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         digits = folder.name.removeprefix("step-")
         return int(digits) if digits.isdecimal() else -1, folder.name
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """At every moment one of the two is there and whole, under its name or as `.<name>.old`."""
+    old = folder.with_name(f".{folder.name}{OLD}")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
         partial.rename(folder)
@@ -206,7 +228,9 @@ def _replace(partial: Path, folder: Path) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    _sync(folder.parent)
+    for above in folder.parents[:3]:  # this run may have made them
+        if os.access(above, os.R_OK):
+            sync(above)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -217,11 +241,3 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from fastppo import doctor as doctor_module
 from fastppo.checks import InputError, RolloutError, require
 from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
+from fastppo.distributed import RankError
 from fastppo.faults import NonFiniteError
 from fastppo.memory import report as memory_report
 from fastppo.memory.start import plan_run
@@ -33,6 +34,7 @@ RUN_ERRORS = (
     NonFiniteError,
     DriftError,
     OutOfMemory,
+    RankError,
     OSError,
 )  # ends of a run that the message explains
 START = {  # options that are not keys of the run

@@ -12,9 +12,15 @@ Dtype = Literal["float32", "bfloat16"]
 HIDDEN = "***"  # in place of a secret, where a run writes down its config
 
 
+def shown(wrong_url: str) -> str:
+    """To be quoted in an error: all of it, or nothing where it may hold a secret, nobody knows where."""
+    return HIDDEN if set("@?") & set(wrong_url) else repr(wrong_url)
+
+
 def _is_url(text: str) -> bool:
     try:
-        return bool(urlsplit(text).hostname)
+        parts = urlsplit(text)
+        return bool(parts.hostname) and ("$" in parts.netloc or parts.port != 0)  # the port of no number raises
     except ValueError:
         return False
 
@@ -63,7 +69,7 @@ class RewardConfig:
     timeout_s: float = 60.0
     """Seconds until one call of a function or an endpoint has failed."""
     retries: int = 3
-    """Further tries after an endpoint failed, or anything with on_error = "retry"; the wait doubles from 0.5 s."""
+    """Further tries after an endpoint failed, or anything with on_error = "retry"; the wait doubles, 0.5 s to 60 s."""
     early: bool = False
     """Score responses as they end, up to batch_size in a call, while others are sampled; for a function or an endpoint
     that judges each response by itself."""
@@ -74,9 +80,10 @@ class RewardConfig:
     """Run Python code that comes with a reward model's checkpoint."""
 
     def __post_init__(self) -> None:
-        form = {"model": ".", "function": ".+:.", "http": "https?://."}[self.kind]
+        form = {"model": ".", "function": ".+:.", "http": r"https?://[^\x00-\x20\x7f]+\Z"}[self.kind]
         legal = {"model": "a checkpoint", "function": "'module:function'", "http": "a URL with http://"}[self.kind]
-        wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {self.target!r}"
+        got = shown(self.target) if self.kind == "http" else repr(self.target)
+        wrong = f"rewards.target of kind {self.kind!r} must be {legal}, got {got}"
         require(re.match(form, self.target) is not None, wrong)
         require(self.kind != "http" or _is_url(self.target), wrong)
         require(

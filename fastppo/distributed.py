@@ -14,6 +14,10 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while the first rank evaluates or writes a checkpoint
 
 
+class RankError(RuntimeError):
+    """Another rank failed; the message says which and why."""
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Within the process group that torchrun describes, if it does and nobody joined it yet; left at the end."""
@@ -81,6 +85,30 @@ def from_first(call: Callable[[], T]) -> T:
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
+    return outcome[0]
+
+
+def together(call: Callable[[], T]) -> T:
+    """What `call` returns on this rank. What it raises on any rank ends the run on all of them, here, where the first
+    one can still save; else the others would wait in the next sum until they are killed.
+
+    Raises:
+        RankError: it raised on another rank.
+    """
+    if world_size() == 1:
+        return call()
+    outcome: list[T] = []
+    failure: Exception | None = None
+    try:
+        outcome.append(call())
+    except Exception as error:
+        failure = error
+    said = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    failed = [f"rank {i}: {what}" for i, what in enumerate(said) if what is not None]
+    if failed:
+        raise RankError("; ".join(failed))
     return outcome[0]
 
 

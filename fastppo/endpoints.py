@@ -16,12 +16,15 @@ from urllib.error import HTTPError
 
 from fastppo.batch import Sample
 from fastppo.checks import InputError, require
+from fastppo.config_inputs import shown
 from fastppo.protocols import SampleScores
 from fastppo.secret import filled, redacted, request_parts
 
 T = TypeVar("T")
 BUSY = (408, 425, 429)  # HTTP 4xx that may pass
 MAX_ANSWER = 1 << 26  # bytes of one answer of an endpoint
+REWARD_THREAD = "reward"  # the name of threads that wait for one
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before another try
 
 
 class RewardError(RuntimeError):
@@ -69,7 +72,8 @@ class HTTPReward:
     def __init__(
         self, url: str, *, name: str = "http", batch_size: int = 64, timeout_s: float = 60.0, retries: int = 3
     ) -> None:
-        require(url.startswith(("http://", "https://")), f"a reward URL starts with http:// or https://, got {url!r}")
+        legal = url.startswith(("http://", "https://"))
+        require(legal, f"a reward URL starts with http:// or https://, got {shown(url)}")
         filled(url)  # a variable that is missing is said now
         self.shown = redacted(url)
         self.url, self.name, self.batch_size, self.timeout_s, self.retries = url, name, batch_size, timeout_s, retries
@@ -97,13 +101,13 @@ class HTTPReward:
                 return _scores_of(_within(self.timeout_s, lambda: self._answer(body)))
             except (_TooSlow, _Raised, InputError) as failure:  # slow, unreachable, or no scores
                 error = failure.error if isinstance(failure, _Raised) else failure
-                refused = isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in BUSY
+                refused = isinstance(error, HTTPError) and 300 <= error.code < 500 and error.code not in BUSY
                 if not isinstance(error, OSError | ValueError | http.client.HTTPException | _TooSlow):
                     raise error from None  # a mistake of ours
                 if refused or attempt == self.retries:
                     what = f"{self.shown} failed {attempt + 1} times; the last time: {error}"
                     raise RewardError(f"reward {self.name!r}: {what}") from error
-                time.sleep(0.5 * 2**attempt)
+                time.sleep(wait_s(attempt))
         raise AssertionError("unreachable")
 
     def _answer(self, body: bytes) -> bytes:
@@ -111,16 +115,43 @@ class HTTPReward:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
         for name, value in who.items():
             request.add_unredirected_header(name, value)
+        until = time.monotonic() + self.timeout_s
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                answer, left = response.read(MAX_ANSWER + 1), response.length
+            with _opener().open(request, timeout=self.timeout_s) as response:
+                return _body_of(response, until)
         except HTTPError as error:
             error.close()
+            if error.code < 400:  # what follows a redirect asks without the samples
+                error.msg += f", a redirect to {redacted(error.headers.get('Location', 'nowhere'))}: give that URL"
             raise
+
+
+def wait_s(tries: int) -> float:
+    """Seconds to wait after so many tries and one more: 0.5, 1, 2, ..., 60, 60."""
+    return min(FIRST_WAIT * 2 ** min(tries, 30), LONGEST_WAIT)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """What `urlopen` uses, but for redirects, FTP, files and data URLs."""
+    opener = urllib.request.OpenerDirector()
+    for handler in ("ProxyHandler", "UnknownHandler", "HTTPHandler", "HTTPSHandler", "HTTPDefaultErrorHandler",
+                    "HTTPErrorProcessor"):  # fmt: skip
+        opener.add_handler(getattr(urllib.request, handler)())
+    return opener
+
+
+def _body_of(response: http.client.HTTPResponse, until: float) -> bytes:
+    """All of it; an endless one is given up, and so is one that is still coming at `until` when nobody waits for it any
+    more: else a thread and a connection would stay behind for as long as it comes."""
+    answer = bytearray()
+    while part := response.read1(1 << 16):
+        answer += part
         require(len(answer) <= MAX_ANSWER, f"the answer has more than {MAX_ANSWER} bytes")
-        if left:
-            raise http.client.IncompleteRead(answer, left)
-        return answer
+        if time.monotonic() > until:
+            raise _TooSlow
+    if response.length:
+        raise http.client.IncompleteRead(bytes(answer), response.length)
+    return bytes(answer)
 
 
 class _TooSlow(Exception):
@@ -149,7 +180,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
         except BaseException as error:
             outcome["error"] = error
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name=REWARD_THREAD, daemon=True)
     thread.start()
     thread.join(seconds)
     if "error" in outcome:
@@ -186,7 +217,7 @@ async def _awaited(result: Any) -> Any:
 def _scores_of(answer: bytes) -> list[Any]:
     try:
         scores = json.loads(answer)["scores"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         scores = None
     if not isinstance(scores, list):
         raise InputError(f'the answer must be {{"scores": [...]}}, got {answer[:100]!r}')

@@ -1,7 +1,5 @@
 """Optimizer steps skipped because loss or gradient was not finite: named, and too many in a row are the end."""
 
-from pathlib import Path
-
 from fastppo import checkpoint, distributed
 from fastppo.checkpoint import Checkpoint
 from fastppo.checks import InputError
@@ -42,7 +40,7 @@ def check_steps(run: Run, step: int) -> None:
 def _last_good(run: Run) -> Checkpoint | None:
     """The newest whole checkpoint with steps of its own, the last of them taken, not skipped."""
     run.writer.wait()
-    for path in sorted(Path(run.folder, "checkpoints").glob("*"), key=checkpoint.claimed_step, reverse=True):
+    for path in checkpoint.by_steps(run.folder / "checkpoints"):
         try:
             found = checkpoint.read(path)
         except InputError:

@@ -5,6 +5,7 @@ were when it was finished: taking it is the same, bit for bit, as drawing it aga
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,17 @@ class Kept:
 
 def generate(run: "Run") -> tuple[Rollout, EarlyScores | None]:
     """The rollout that was kept, or a new one, which is kept; and what rewards already said of it."""
+    if run.rollouts.is_ahead:  # where ranks wait for each other already
+        return _generate(run)
+    return distributed.together(partial(_generate, run))
+
+
+def score(run: "Run", rollout: Rollout, early: EarlyScores | None) -> Scores:
+    """The scores that were kept, or new ones, which are kept."""
+    return distributed.together(partial(_score, run, rollout, early))
+
+
+def _generate(run: "Run") -> tuple[Rollout, EarlyScores | None]:
     if run.kept is not None:
         rollout = run.kept.rollout(next(run.prompts)).to(run.engine.policy.device)
         set_rng(run, run.kept.numbers["rng"])
@@ -66,8 +78,7 @@ def generate(run: "Run") -> tuple[Rollout, EarlyScores | None]:
     return rollout, early
 
 
-def score(run: "Run", rollout: Rollout, early: EarlyScores | None) -> Scores:
-    """The scores that were kept, or new ones, which are kept."""
+def _score(run: "Run", rollout: Rollout, early: EarlyScores | None) -> Scores:
     known = None if run.kept is None else run.kept.scores()
     if known is not None and run.kept is not None:
         device = rollout.input_ids.device

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastppo.checks import require
+from fastppo.durable import replace_text
 
 
 class Logger(Protocol):
@@ -121,9 +122,7 @@ def rewind(folder: Path, step: int, *, evaluates: bool = True) -> None:
             continue
         with (folder / f"{name}.dropped.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(line.rstrip("\n") + "\n" for line in itertools.compress(lines, (not k for k in kept)))
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(itertools.compress(lines, kept)), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, "".join(itertools.compress(lines, kept)))
 
 
 def _is_until(line: str, step: int, evaluates: bool) -> bool:

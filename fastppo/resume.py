@@ -4,7 +4,7 @@ import json
 import platform
 import re
 import uuid
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
 def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
     """The checkpoint that `resume` names, or for "latest" the newest whole one of the run folder.
 
-    Looks without changing anything; for one process, the first rank.
+    Changes nothing but what killed processes left half done; for one process, the first rank.
 
     Returns:
         None without `resume`, and for "latest" in a folder that has none: the run starts from the beginning.
@@ -54,6 +54,7 @@ def find(config: RunConfig, resume: str | None) -> Checkpoint | None:
     if resume is None:
         require_unused(folder)
         return None
+    checkpoint.repair(folder / "checkpoints")
     if resume != LATEST:
         found, passed_over = checkpoint.read(Path(resume)), []
     else:
@@ -150,7 +151,8 @@ def refuse_another_run(before: dict[str, Any], config: RunConfig, what: str) -> 
     free = FREE_KEYS | PORTION_KEYS
     if config.policy_optimizer.schedule == config.critic_optimizer.schedule == "constant":
         free.add("train.total_steps")  # else it stretches the schedules
-    differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    new = {key for key in now.keys() - then.keys() if _is_default(config, key)}  # of a later version of fastppo
+    differ = sorted(key for key in (now.keys() | then.keys()) - new if now.get(key) != then.get(key))
     changed = [key for key in differ if re.sub(r"^rewards\.\d+", "rewards", key) not in free]
     shown = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -172,10 +174,20 @@ def _flat(tables: Any, where: str = "") -> dict[str, Any]:
     return {k: v for key, value in tables.items() for k, v in _flat(value, f"{where}.{key}".lstrip(".")).items()}
 
 
+def _is_default(config: Any, key: str) -> bool:
+    """Whether the dotted key of a config has the value it has when nobody gives it one."""
+    *tables, name = key.split(".")
+    for table in tables:
+        config = config[int(table)] if isinstance(config, tuple) else getattr(config, table)
+    default = next((f.default for f in fields(config) if f.name == name), MISSING)
+    return default is not MISSING and default == getattr(config, name)
+
+
 def _versions() -> dict[str, str]:
     names = ("fastppo", "torch", "transformers")
+    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "none"
     return {name: version(name) for name in names} | {
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cuda": gpus,
     }

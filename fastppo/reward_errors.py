@@ -9,12 +9,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastppo.batch import Sample
-from fastppo.endpoints import HTTPReward, RewardError
+from fastppo.endpoints import HTTPReward, RewardError, wait_s
 from fastppo.protocols import Reward
 
 Checked = tuple[Tensor, Tensor | None]
 Check = Callable[..., Checked]  # (scores, missing=) -> scores per sequence and per action; raises RewardError
-FIRST_WAIT = 0.5  # seconds, doubled with every try
 SHOWN = 3  # samples named in the log, of those an iteration leaves out
 
 
@@ -55,7 +54,7 @@ def ask(reward: Reward, samples: Sequence[Sample], on_error: OnError, check: Che
             if on_error.way == "fail" or tries == on_error.retries:
                 raise
             print(f"asking again ({tries + 1} of {on_error.retries}): {error}", flush=True)
-            time.sleep(FIRST_WAIT * 2**tries)
+            time.sleep(wait_s(tries))
     raise AssertionError("unreachable")
 
 

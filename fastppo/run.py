@@ -18,6 +18,7 @@ from fastppo.batch import Prompts
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.data import PromptSource, load_prompts
+from fastppo.durable import replace_text
 from fastppo.engine import PPOEngine
 from fastppo.kept_rollout import Kept
 from fastppo.memory import start as memory
@@ -122,10 +123,10 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         again = kept % config.train.eval_every == 0 or kept >= config.train.total_steps
+        checkpoint.set_aside(folder / "checkpoints", kept)  # before the rows that lead to them are dropped
         rewind(folder, kept, evaluates=again and config.data.eval_prompts is not None)
-        checkpoint.set_aside(folder / "checkpoints", kept)
         memory.write(plan, folder)
-        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+        replace_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
     metrics = Metrics(folder if distributed.rank() == 0 else None, config.train.loggers, to_dict(config), kept)
     rollouts = RolloutSource(engine, source, rewards, config.train.total_steps, ahead=config.rollout.one_step_off)
     return Run(config, engine, rewards, source, rollouts, held_out, tokenizer, folder, metrics, lock)

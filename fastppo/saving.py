@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastppo import checkpoint, distributed, kept_rollout
+from fastppo.durable import sync
 
 if TYPE_CHECKING:
     from fastppo.run import Run
@@ -69,6 +70,8 @@ def save(run: "Run", name: str, *, wait: bool = False) -> Path:
 
 def _write(folder: Path, save_models: Callable[[Path], None], numbers: Mapping[str, object] | None,
            tensors: Mapping[str, Tensor], *, keep_last: int) -> None:  # fmt: skip
+    for log in folder.parent.parent.glob("*.jsonl"):  # a state is never ahead of its log
+        sync(log)
     checkpoint.write(folder, save_models, numbers, tensors)
     checkpoint.prune(folder.parent, keep_last)
 
@@ -86,32 +89,44 @@ def _in_host_memory(tensors: Mapping[str, Tensor], copies: dict[object, Tensor])
 
 @contextmanager
 def saved_on_failure(run: "Run") -> Iterator[None]:
-    """Whatever ends the run, the weights trained so far are on disk afterwards."""
+    """Whatever ends the run, the weights trained so far are on disk afterwards.
+
+    Raises:
+        Exception: they could not be saved, and the run was about to end as if they were, with SystemExit.
+    """
     try:
         yield
     except BaseException as error:
-        _save_interrupted(run, "failed" if isinstance(error, Exception) else "interrupted")
+        failure = _save_interrupted(run, "failed" if isinstance(error, Exception) else "interrupted")
+        if failure is not None and isinstance(error, SystemExit):
+            raise failure from error
         raise
     finally:
         run.close()
 
 
-def _save_interrupted(run: "Run", why: str) -> None:
-    """Unless nothing was trained, and say so."""
-    if distributed.rank() != 0:
-        return
+def _save_interrupted(run: "Run", why: str) -> Exception | None:
+    """Unless nothing was trained, and say so. Returns what went wrong: what ended the run matters more."""
     try:
         run.writer.wait()
-    except checkpoint.CheckpointError as error:
-        print(error, flush=True)
-    if run.engine.version > 0:
-        name, way = ("interrupted", "--resume goes on from it")
-        if run.boundary is None:
-            name, way = "interrupted-weights", "weights alone; --resume goes on from the newest other checkpoint"
-        try:
-            print(f"{why} after {run.step} iterations: saved {save(run, name, wait=True)} ({way})", flush=True)
-            kept_rollout.write(run)
-        except OSError as error:  # what ended the run matters more
-            print(f"{why} after {run.step} iterations; could not save {name}: {error}", flush=True)
-    else:
-        print(f"{why} before the end of the first iteration: nothing was trained, so nothing is saved", flush=True)
+    except Exception as error:
+        _say(error)
+    if run.engine.version == 0:
+        _say(f"{why} before the end of the first iteration: nothing was trained, so nothing is saved")
+        return None
+    name, way = ("interrupted", "--resume goes on from it")
+    if run.boundary is None:
+        name, way = "interrupted-weights", "weights alone; --resume goes on from the newest other checkpoint"
+    try:
+        _say(f"{why} after {run.step} iterations: saved {save(run, name, wait=True)} ({way})")
+        kept_rollout.write(run)  # every rank its own
+    except Exception as error:
+        _say(f"{why} after {run.step} iterations; could not save {name}: {error}")
+        return error
+    return None
+
+
+def _say(what: object) -> None:
+    if distributed.rank() == 0:
+        with suppress(OSError):  # Ctrl-C may have ended who reads this
+            print(what, flush=True)

@@ -14,7 +14,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 def redacted(url: str) -> str:
     """`url` without its user and password and the values of its query, but for ${NAME}, which is no secret."""
-    if not url.startswith(("http://", "https://")):
+    if not url.lower().startswith(("http://", "https://")):
         return url
     try:
         parts = urlsplit(url)

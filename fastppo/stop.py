@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ONE_REQUEST = 2.0  # seconds within which signals are one: make, timeout and torchrun pass on what the group got itself
@@ -33,10 +33,11 @@ def stop_requests() -> Iterator[list[int]]:
         nonlocal first
         if received and time.monotonic() - first > ONE_REQUEST:
             raise KeyboardInterrupt
-        if not received:
-            first = time.monotonic()
-            os.write(1, MESSAGE)  # print may be in the middle of a line
         received.append(number)
+        if len(received) == 1:
+            first = time.monotonic()
+            with suppress(OSError):  # Ctrl-C may have ended who reads this
+                os.write(1, MESSAGE)  # print may be in the middle of a line
 
     taken = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():

@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def train(config: RunConfig, *, resume: str | None = None, profile: bool = False
         stack.enter_context(distributed.joined())
         stack.enter_context(deterministic(config.deterministic))
         run = start(config, resume)
+        signals = stack.enter_context(stop_requests())  # first: they are requests while the run is saved too
         stack.enter_context(saved_on_failure(run))
-        signals = stack.enter_context(stop_requests())
         remaining = config.train.total_steps - run.step
         trace = stack.enter_context(tracing(run.folder, remaining, on=profile and _writes()))
         show = stack.enter_context(progress(config.train.total_steps, done=run.step, quiet=not _writes()))
@@ -66,8 +67,8 @@ def train(config: RunConfig, *, resume: str | None = None, profile: bool = False
             trace.step()
             check_steps(run, step)
             tell(run.watch.iteration(step, stats))
+            log(run, step, stats, rollout, timer)  # before there is a state that has this iteration behind it
             mark(run, step)
-            log(run, step, stats, rollout, timer)
             show(stats)
             if config.train.save_every and step % config.train.save_every == 0:
                 save(run, f"step-{step:06d}")
@@ -83,10 +84,10 @@ def train(config: RunConfig, *, resume: str | None = None, profile: bool = False
 def start(config: RunConfig, resume: str | None) -> Run:
     """A run at its beginning, or where its checkpoint left it."""
     with ExitStack() as on_failure:
-        if (lock := open_folder(Path(config.out))) is not None:
+        if (lock := distributed.together(partial(open_folder, Path(config.out)))) is not None:
             on_failure.callback(leave_folder, Path(config.out), lock)
         found = distributed.from_first(lambda: find(config, resume))
-        run = build(config, lock, kept=0 if found is None else found.step)
+        run = distributed.together(partial(build, config, lock, kept=0 if found is None else found.step))
         on_failure.callback(run.close)
         mark(run, 0) if found is None else restore(run, found)
         on_failure.pop_all()

@@ -122,7 +122,7 @@ class Watch:
         if correlation is not None:
             derived["watch/length_correlation_abs"] = abs(correlation)
         tokens, entropy = stats.get("rollout/response_tokens", 0.0), stats.get("objective/entropy")
-        if entropy is not None and tokens > 0:
+        if entropy is not None and math.isfinite(entropy) and tokens > 0:  # else no later one could be compared
             if len(self.entropies) < self.config.window:
                 self.entropies.append(entropy / tokens)
             start = sum(self.entropies) / len(self.entropies)

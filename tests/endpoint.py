@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,7 +26,7 @@ class Server:
 def serve_fixture() -> Iterator[Callable[..., Server]]:
     running: list[tuple[ThreadingHTTPServer, Server]] = []
 
-    def start(*replies: Any) -> Server:  # status, bytes, JSON, function of the samples, or what is below
+    def start(*replies: Any) -> Server:  # status (and where to), bytes, JSON, function of the samples, or what is below
         server = Server(list(replies))
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,11 +39,17 @@ def serve_fixture() -> Iterator[Callable[..., Server]]:
                     server.release.wait(30)
                 if reply in ("wait", "hang up"):
                     return self.connection.shutdown(socket.SHUT_RDWR)
-                self.send_response(reply if isinstance(reply, int) else 200)
+                status, to = reply if isinstance(reply, tuple) else (reply if isinstance(reply, int) else 200, None)
+                self.send_response(status)
+                if to is not None:
+                    self.send_header("Location", to)
                 if reply == "cut short":
                     self.send_header("Content-Length", "100")
                 self.end_headers()
-                self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
+                with suppress(OSError):  # who asked may be gone
+                    while reply == "drip" and not server.release.wait(0.02):
+                        self.wfile.write(b" ")
+                    self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
 
             def log_message(self, format: str, *args: Any) -> None: ...
 

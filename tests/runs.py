@@ -1,6 +1,7 @@
 """A whole run on disk: a tiny policy with a character tokenizer, prompts, and the run file that joins them."""
 
 import json
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,12 +72,13 @@ def run_file(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def toml(tables: Mapping[str, Any]) -> str:
-    """Numbers, text and lists of them are spelled as in JSON."""
+def toml(tables: Mapping[str, Any], where: str = "") -> str:
+    """Numbers, text and lists of them are spelled as in JSON. `where`: of tables in a table, `rollout.` say."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not _is_table(value)]
     for key, value in tables.items():
         for table in [value] if isinstance(value, dict) else value if _is_table(value) else []:
-            lines += [f"[{key}]" if isinstance(value, dict) else f"[[{key}]]", toml(table)]
+            lines += [f"[{where}{key}]" if isinstance(value, dict) else f"[[{where}{key}]]"]
+            lines += [toml(table, f"{where}{key}.")]
     return "\n".join(lines) + "\n"
 
 
@@ -101,6 +103,13 @@ def fails_in_the_third_iteration(samples: list[Sample]) -> list[float]:
     if len(calls) == 4:
         raise KeyError("no answer")
     return digits(samples)
+
+
+def fails_on_the_second_rank(samples: list[Sample]) -> list[float]:
+    """In its third iteration, when the environment says so."""
+    if os.environ.get("RANK") == "1" and "REWARD_FAILS" in os.environ and len(calls) == 2:
+        raise KeyError("no answer")
+    return noisy(samples)
 
 
 def always_fails(samples: list[Sample]) -> list[float]:

@@ -2,14 +2,16 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import runs
-from fastppo import train
+from fastppo import attention, train
 from fastppo.determinism import WORKSPACE, deterministic
 from fastppo.resume import LATEST
 from test_checkpoint import assert_same_run, config
@@ -72,3 +74,20 @@ def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: Any) -> N
         deterministic(True).__enter__()
     with deterministic(False):
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_flash_attn_package_is_told(monkeypatch: Any) -> None:
+    """Its backward adds up in any order unless asked; it does not look at PyTorch's switch."""
+    told: list[bool] = []
+
+    def flash_attn_varlen_func(q: Any, *_: Any, deterministic: bool = False, **__: Any) -> Any:
+        told.append(deterministic)
+        return q
+
+    package = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    x = torch.zeros(5, 2, 4)
+    for wanted in (False, True):
+        with deterministic(wanted):
+            attention._flash_attn(x, x, x, attention.plan([2, 3]), None, None, None)
+    assert told == [False, True]

@@ -113,11 +113,11 @@ def test_a_folder_that_can_no_longer_be_written_ends_the_run_in_one_line(tmp_pat
     assert found is not None and found.step >= 4 and passed_over == []
 
 
-def script(name: str, *args: str) -> str:
+def script(name: str, *args: str, ends: int = 0) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(BENCH / name), *args]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == ends, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
@@ -135,6 +135,11 @@ def test_mutated_run_files_and_damaged_checkpoints_are_said_in_one_line() -> Non
 @pytest.mark.slow
 def test_memory_and_open_files_of_three_hundred_iterations_do_not_grow() -> None:
     script("flat_memory.py", "--steps", "300")
+
+
+@pytest.mark.slow
+def test_a_leak_of_128_kib_per_iteration_is_seen() -> None:
+    assert "growth after iteration 50: +" in script("flat_memory.py", "--steps", "100", "--leak-kib", "128", ends=1)
 
 
 def test_ctrl_c_while_the_command_is_imported_is_quiet() -> None:

@@ -45,6 +45,13 @@ def test_a_planted_drift_is_said_once_per_crossing(monitor: str) -> None:
     assert len(follow(watch, SETTLED + 21, 10, **drifted)) == 1
 
 
+@pytest.mark.parametrize("monitor", DRIFTS)
+def test_a_nan_in_the_first_iteration_blinds_no_monitor(monitor: str) -> None:
+    watch, nothing = Watch(WatchConfig(window=3)), dict.fromkeys(DRIFTS[monitor], float("nan"))
+    assert follow(watch, 1, 1, **nothing) == [] == follow(watch, 2, SETTLED)
+    assert len(follow(watch, SETTLED + 2, 10, **DRIFTS[monitor])) == 1
+
+
 def test_every_monitor_is_tested_and_can_be_switched_off() -> None:
     assert {*DRIFTS} == {*quantities(WatchConfig())}
     names = [f for f in WatchConfig.__dataclass_fields__ if f.startswith(("max_", "min_"))]
