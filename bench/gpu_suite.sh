@@ -89,9 +89,11 @@ sanitizer() { # reads and writes out of bounds; then threads that race for share
     done
 }
 
-memory() { # one case: the planner and what the allocator says
+memory() { # whether six runs fit, above and below what they take: the planner and the allocator
     [[ -f bench/bench_memory.py ]] || { echo "skipped: this commit has no memory planner"; return 0; }
-    "$PYTHON" bench/bench_memory.py plan --only full --out "$logs/memory.jsonl"
+    "$PYTHON" bench/bench_memory.py verdict --device "$([[ -n $rehearse ]] && echo cpu || echo cuda)" \
+        --out "$logs/memory.jsonl" --only full "full, vocabulary 20000" "full, checkpointing" \
+        "full, bfloat16, one micro-batch" "full, tied embeddings" "full, selective"
 }
 export -f beside laws tests sanitizer memory
 
@@ -101,7 +103,7 @@ part kernels 150 "$PYTHON" -m fastppo bench kernels --go-on "${quick[@]}" "${ops
 part step 75 "$PYTHON" -m fastppo bench step --go-on "${quick[@]}" --rounds 3 --out "$out/$slug-step.jsonl"
 part determinism 25 "$PYTHON" -m pytest tests/gpu -q -W default -p no:cacheprovider -k hundred
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 60 bash -c sanitizer
-part memory 20 bash -c memory
+part memory 24 bash -c memory
 part rollout 35 "$PYTHON" -m fastppo bench rollout --go-on "${quick[@]}" "${models[@]}" --seconds 2 --out "$out/$slug-rollout.jsonl"
 printf '\n[%4d s] %s\n' "$SECONDS" "$([[ $failed == 0 ]] && echo "all parts ran" || echo "see $logs")"
 exit $failed

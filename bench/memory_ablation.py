@@ -1,14 +1,15 @@
 """One optimizer step of policy and critic, beside a reference and a reward model, made in ever less memory.
 
 The baseline is what a PPO trainer without kernels does: sequences padded to the longest, logits of every position,
-log-softmax by PyTorch, everything kept for the backward. All steps train on the same trajectories, in micro-batches of
-the same eight sequences.
+log-softmax by PyTorch, everything kept for the backward. All steps train on the same trajectories, the eager ones in
+micro-batches of eight sequences, fastppo's in micro-batches of as many tokens as the largest of those has.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,29 +22,37 @@ from fastppo.attention import dense_attention
 from fastppo.microbatch import MicroBatch, gather
 from fastppo_kernels import ppo_loss, value_loss
 
-SEQUENCES, AT_A_TIME, PROMPT, LONGEST = 32, 8, 64, 128
+SEQUENCES, AT_A_TIME, PROMPT, LONGEST, VOCABULARY = 32, 8, 64, 128, 32000
 Backward = Callable[[PPOEngine, Experience, list[int]], None]
 
 
 def steps() -> Iterator[tuple[str, int, int]]:
     """Name, peak bytes of the step, and bytes that were there before it."""
-    case = Case("ablation", vocab_size=20000)
-    checkpointed = Case("ablation", vocab_size=20000, checkpointing=True)
-    yield "eager, padded, four copies", *_measure(case, _eager_padded)
-    yield "+ packing", *_measure(case, _eager_packed)
-    yield "+ fused head", *_measure(case, None)
-    yield "+ checkpointing", *_measure(checkpointed, None)
+    lengths = _trajectories().cu_seqlens.diff()
+    largest = int(lengths.view(-1, AT_A_TIME).sum(1).max())
+    plain = Case("ablation", VOCABULARY, max_tokens=largest, num_minibatches=1, hidden_size=256, num_layers=6)
+    recomputed = replace(plain, checkpointing="full")
+    shared = replace(recomputed, share="lora", reward_adapter=True)
+    yield "eager, padded, four copies", *_measure(plain, _eager_padded)
+    yield "+ packing", *_measure(plain, _eager_packed)
+    yield "+ fused head", *_measure(plain)
+    yield "+ checkpointing", *_measure(recomputed)
+    yield "+ sharing", *_measure(shared)
+    yield "+ 8-bit moments", *_measure(replace(shared, optimizer="adamw-8bit"))
+    yield "no sharing, 8-bit moments", *_measure(replace(recomputed, optimizer="adamw-8bit"))
+    yield "no sharing, selective checkpointing", *_measure(replace(plain, checkpointing="selective"))
+    yield "no sharing, every second layer", *_measure(replace(recomputed, every=2))
 
 
-def _measure(case: Case, backward: Backward | None) -> tuple[int, int]:
+def _measure(case: Case, backward: Backward | None = None) -> tuple[int, int]:
     """`backward` of None: the engine's own update."""
     with tempfile.TemporaryDirectory() as folder:
         run = config(case, Path(folder))
     torch.manual_seed(0)
     with MemoryProfile() as profile:
         engine, rewards = build(run, case)
+        experience = engine.score(_trajectories(), [float(i % 3) for i in range(SEQUENCES)])
         for name in ("first step", "step"):
-            experience = engine.score(_trajectories(), [float(i % 3) for i in range(SEQUENCES)])
             with profile.phase(name):
                 _step(engine, experience, backward)
         del rewards
@@ -66,7 +75,7 @@ def _trajectories() -> Rollout:
     """Responses of 16 to 128 tokens."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(16, LONGEST, SEQUENCES).long()[torch.randperm(SEQUENCES, generator=generator)].tolist()
-    draw = lambda n: torch.randint(0, 20000, (n,), generator=generator).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
     return Rollout.pack([draw(PROMPT) for _ in lengths], [draw(n) for n in lengths])
 
 

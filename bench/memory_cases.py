@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from memory_profile import MemoryProfile, Use
-from transformers import Qwen2Config
+from transformers import PreTrainedModel, Qwen2Config
 
 from fastppo import PPOEngine, Prompts, RewardModel, RunConfig, WeightedRewards, models
 from fastppo.memory.plan import Plan, make_plan
@@ -27,13 +28,18 @@ class Case:
     name: str
     vocab_size: int = 4096
     dtype: str = "float32"
-    checkpointing: bool = False
+    checkpointing: str = "none"
+    every: int = 1
     max_tokens: int = 256
     num_minibatches: int = 2
     tied: bool = False
     share: str = "none"
     optimizer: str = "adamw"
     masters: str = "float32"
+    keep_memory: bool = False
+    reward_adapter: bool = False
+    hidden_size: int = 128
+    num_layers: int = 3
     offload: tuple[tuple[str, str], ...] = ()
 
 
@@ -41,26 +47,30 @@ MOVED = tuple((key, "move") for key in ("reference", "reward", "critic", "critic
 CASES = (
     Case("full"),
     Case("full, vocabulary 20000", vocab_size=20000),
-    Case("full, checkpointing", checkpointing=True),
+    Case("full, checkpointing", checkpointing="full"),
     Case("full, bfloat16, one micro-batch", dtype="bfloat16", max_tokens=1024, num_minibatches=1),
-    Case("full, bfloat16, vocabulary 20000, checkpointing", vocab_size=20000, dtype="bfloat16", checkpointing=True),
+    Case("full, bfloat16, vocabulary 20000, checkpointing", vocab_size=20000, dtype="bfloat16", checkpointing="full"),
     Case("full, tied embeddings", vocab_size=20000, tied=True),
     Case("lora", share="lora"),
-    Case("lora, bfloat16, vocabulary 20000, checkpointing", 20000, "bfloat16", checkpointing=True, share="lora"),
+    Case("lora, bfloat16, vocabulary 20000, checkpointing", 20000, "bfloat16", checkpointing="full", share="lora"),
     Case("full, 8-bit", optimizer="adamw-8bit"),
     Case("full, bfloat16, 8-bit, stochastic rounding", 20000, "bfloat16", optimizer="adamw-8bit", masters="stochastic"),
     Case("full, bfloat16, everything moves", dtype="bfloat16", offload=MOVED),
     Case("full, reference and reward stream", offload=(*MOVED[2:], ("reference", "stream"), ("reward", "stream"))),
+    Case("full, every second layer", checkpointing="full", every=2, max_tokens=1024, num_minibatches=1),
+    Case("full, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1),
+    Case("lora, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1, share="lora"),
+    Case("full, keys and values kept", keep_memory=True),
 )
 
 
 def shape(case: Case) -> Qwen2Config:
-    """A Qwen2 of 3 layers."""
+    """A Qwen2, its proportions those of the 0.5B one."""
     made = Qwen2Config(
         vocab_size=case.vocab_size,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
+        hidden_size=case.hidden_size,
+        intermediate_size=11 * case.hidden_size // 4,
+        num_hidden_layers=case.num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -78,14 +88,17 @@ def config(case: Case, folder: Path) -> RunConfig:
     """The run; the policy's config.json is written into `folder`."""
     shape(case).save_pretrained(folder)
     tables: dict[str, Any] = {
-        "policy": {"path": str(folder), "dtype": case.dtype, "gradient_checkpointing": case.checkpointing},
-        "critic": {"gradient_checkpointing": case.checkpointing},
+        "policy": {"path": str(folder), "dtype": case.dtype},
+        "layers": {"checkpointing": case.checkpointing, "checkpoint_every": case.every},
         "memory": {"share": case.share},
         "policy_optimizer": {"kind": case.optimizer, "masters": case.masters},
         "critic_optimizer": {"kind": case.optimizer, "masters": case.masters},
         "data": {"prompts": "none.jsonl", "max_prompt_tokens": PROMPT_TOKENS},
         "rewards": [{"kind": "model", "target": str(folder), "dtype": case.dtype}],
-        "rollout": {"num_prompts": 8, "max_new_tokens": 16, "temperature": 1.0},
+        "rollout": {
+            **{"num_prompts": 8, "max_new_tokens": 16, "temperature": 1.0},
+            **{"keep_memory": case.keep_memory, "cuda_graphs": False},
+        },
         "ppo": {"num_epochs": 1, "num_minibatches": case.num_minibatches, "max_tokens_per_microbatch": case.max_tokens},
         "device": "cpu",
         "offload": dict(case.offload),
@@ -93,29 +106,46 @@ def config(case: Case, folder: Path) -> RunConfig:
     return from_dict(RunConfig, tables)
 
 
-def planned(run: RunConfig) -> Plan:
+def planned(run: RunConfig, device: str = "cpu") -> Plan:
     """From config.json alone."""
-    return make_plan(setting_of(run, torch.device("cpu")))
+    return make_plan(setting_of(run, torch.device(device)))
 
 
 def build(run: RunConfig, case: Case, device: str = "cpu") -> tuple[PPOEngine, WeightedRewards]:
     """The four models, with random weights."""
-    checkpointing = run.policy.gradient_checkpointing
     policy = models.to_device(models.new_causal_lm(shape(case), run.policy.dtype), torch.device(device))
-    policy = models.prepare_policy(policy, gradient_checkpointing=checkpointing)
-    reward = RewardModel(models.frozen(models.reward_model_from(policy)))
+    policy = models.prepare_policy(policy, layers=run.layers)
+    reward = None if case.reward_adapter else models.frozen(models.reward_model_from(policy))
     policy = models.adapt(policy, run.memory) if case.share == "lora" else policy
     engine = PPOEngine(
         policy,
-        critic=models.critic_from(policy, gradient_checkpointing=checkpointing),
+        critic=models.critic_from(policy, layers=run.layers),
         ppo=run.ppo,
         rollout=run.rollout,
         policy_optimizer=run.policy_optimizer,
         critic_optimizer=run.critic_optimizer,
         offload=run.offload,
     )
-    reward.weights_at = of_frozen(reward.model, run.offload.reward, policy.device)
-    return engine, WeightedRewards([reward])
+    scores = RewardModel(reward or _reward_on(policy))
+    scores.weights_at = of_frozen(scores.model, run.offload.reward, policy.device)
+    return engine, WeightedRewards([scores])
+
+
+def _reward_on(policy: PreTrainedModel) -> PreTrainedModel:
+    """A reward model that is an adapter on the policy's base, by way of peft's files."""
+    import peft
+
+    settings = peft.LoraConfig(r=16, task_type="SEQ_CLS", target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as folder:
+        peft.get_peft_model(models.reward_model_from(models.bare(policy)), settings).save_pretrained(folder)
+        return models.load_reward_model(folder, base=policy)
+
+
+def peaks(run: RunConfig, case: Case, device: str = "cpu") -> dict[str, int]:
+    """The most bytes of each phase of two iterations, by the device's own allocator."""
+    if device == "cuda":
+        return measured_on_gpu(run, case)
+    return {name: use.peak for name, use in measured(run, case).items()}
 
 
 def measured(run: RunConfig, case: Case) -> dict[str, Use]:
@@ -137,15 +167,18 @@ def measured(run: RunConfig, case: Case) -> dict[str, Use]:
 
 
 def measured_on_gpu(run: RunConfig, case: Case) -> dict[str, int]:
-    """The largest max_memory_allocated of each phase of two iterations."""
-    peaks: dict[str, int] = {}
-    engine, rewards = build(run, case, "cuda")
+    """The largest max_memory_allocated of each phase of two iterations, beside what was allocated before."""
+    found: dict[str, int] = {}
+    x = torch.ones(8, 8, device="cuda")
+    torch.nn.functional.linear(x, x, x[0])  # cuBLAS's workspace stays; a plan counts it beside the tensors
+    before = torch.cuda.memory_allocated()
+    engine, rewards = _peak_of("load", found, lambda: build(run, case, "cuda"))
     for _ in range(2):
-        rollout = _peak_of("rollout", peaks, lambda: engine.generate(prompts_of(run)))
-        scores = _peak_of("reward", peaks, lambda rollout=rollout: rewards(rollout))
-        experience = _peak_of("score", peaks, lambda r=rollout, s=scores: engine.score(r, s))
-        _peak_of("update", peaks, lambda experience=experience: engine.update(experience))
-    return peaks
+        rollout = _peak_of("rollout", found, lambda: engine.generate(prompts_of(run)))
+        scores = _peak_of("reward", found, lambda rollout=rollout: rewards(rollout))
+        experience = _peak_of("score", found, lambda r=rollout, s=scores: engine.score(r, s))
+        _peak_of("update", found, lambda experience=experience: engine.update(experience))
+    return {name: peak - before for name, peak in found.items()}
 
 
 def reserved_on_gpu(run: RunConfig, case: Case, iterations: int) -> list[int]:

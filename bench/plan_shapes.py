@@ -19,37 +19,40 @@ from fastppo.run_file import from_dict
 SHAPES = Path(__file__).parent.parent / "fastppo" / "bench" / "shapes"
 ALL = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b")
 CARDS = ("24GB", "80GB", "141GB")
-RECOMPUTE = {"gradient_checkpointing": True}
+RECOMPUTE = {"layers": {"checkpointing": "full"}}
 SMALL_MOMENTS = {"kind": "adamw-8bit"}
 SMALLEST = {"kind": "adamw-8bit", "masters": "stochastic"}
 MOVED: dict[str, Any] = dict.fromkeys(("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"), "move")
 Tables = dict[str, dict[str, Any]]
 FULL: dict[str, Tables] = {  # from the fastest to the smallest
     "as it is": {},
-    "checkpointing": {"policy": RECOMPUTE, "critic": RECOMPUTE},
+    "selective checkpointing": {"layers": {"checkpointing": "selective"}},
+    "checkpointing": RECOMPUTE,
     "checkpointing, 8-bit moments": {
-        **{"policy": RECOMPUTE, "critic": RECOMPUTE},
+        **RECOMPUTE,
         **{"policy_optimizer": SMALL_MOMENTS, "critic_optimizer": SMALL_MOMENTS},
     },
     "checkpointing, 8-bit moments, stochastic rounding": {
-        **{"policy": RECOMPUTE, "critic": RECOMPUTE},
+        **RECOMPUTE,
         **{"policy_optimizer": SMALLEST, "critic_optimizer": SMALLEST},
     },
     "checkpointing, 8-bit moments, offload": {
-        **{"policy": RECOMPUTE, "critic": RECOMPUTE, "offload": MOVED},
+        **RECOMPUTE,
+        "offload": MOVED,
         **{"policy_optimizer": SMALL_MOMENTS, "critic_optimizer": SMALL_MOMENTS},
     },
     "checkpointing, 8-bit moments, stochastic rounding, offload": {
-        **{"policy": RECOMPUTE, "critic": RECOMPUTE, "offload": MOVED},
+        **RECOMPUTE,
+        "offload": MOVED,
         **{"policy_optimizer": SMALLEST, "critic_optimizer": SMALLEST},
     },
 }
 LORA: dict[str, Tables] = {
     "as it is": {"memory": {"share": "lora"}},
-    "checkpointing": {"memory": {"share": "lora"}, "policy": RECOMPUTE, "critic": RECOMPUTE},
+    "selective checkpointing": {"memory": {"share": "lora"}, "layers": {"checkpointing": "selective"}},
+    "checkpointing": {"memory": {"share": "lora"}, **RECOMPUTE},
     "checkpointing, reward model streamed": {
-        **{"memory": {"share": "lora"}, "policy": RECOMPUTE, "critic": RECOMPUTE},
-        **{"offload": {"reward": "stream"}},
+        **{"memory": {"share": "lora"}, **RECOMPUTE, "offload": {"reward": "stream"}},
     },
 }
 TOKENS = (16384, 4096, 1024)
@@ -67,10 +70,10 @@ def run(shape: str, tables: Tables, max_tokens: int, *, reward: bool) -> RunConf
         "rewards": rewards,
         "rollout": {"num_prompts": 64, "max_new_tokens": 512, "max_rows": 64},
         "ppo": {"num_minibatches": 4, "max_tokens_per_microbatch": max_tokens},
-        **{name: table for name, table in tables.items() if name != "policy"},
+        **tables,
         "offload": sent,
     }
-    return from_dict(RunConfig, {**settings, "policy": {"path": path, "dtype": "bfloat16", **tables.get("policy", {})}})
+    return from_dict(RunConfig, {**settings, "policy": {"path": path, "dtype": "bfloat16"}})
 
 
 def fitted(shape: str, ladder: dict[str, Tables], card: str, *, reward: bool) -> tuple[str, Plan]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastppo.config import (
         CriticConfig,
         DataConfig,
+        LayersConfig,
         MemoryConfig,
         ModelConfig,
         OptimizerConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "Experience",
     "FunctionReward",
     "HTTPReward",
+    "LayersConfig",
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",

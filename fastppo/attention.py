@@ -22,6 +22,7 @@ from fastppo.batch import cumulative
 from fastppo.checks import InputError
 
 PACKED = "fastppo_packed"
+UNTRACED = "fastppo_untraced"  # the same, in compiled layers
 Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
@@ -133,12 +134,13 @@ AttentionInterface.register(PACKED, packed_attention)
 @contextmanager
 def dense_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within it, `model` runs transformers' own attention: ordinary padded batches and KV caches."""
+    before: Any = model.config._attn_implementation
     soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     model.set_attn_implementation("eager" if soft_capped else "sdpa")  # sdpa has no soft-cap
     try:
         yield
     finally:
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(before)
 
 
 def _flash_attn(

@@ -1,5 +1,6 @@
 """Every knob of a run, with its unit and its legal range; those of models, prompts and rewards are in config_inputs,
-of sharing in config_memory, of offloading in config_offload, of optimizers in config_optimizer.
+of sharing in config_memory, of layers in config_layers, of offloading in config_offload, of optimizers in
+config_optimizer.
 
 Defaults are those of the TL;DR runs of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031), named N+
 below; what differs from them says so.
@@ -11,6 +12,7 @@ from typing import Literal
 
 from fastppo.checks import require, require_positive, require_unit
 from fastppo.config_inputs import CriticConfig, DataConfig, ModelConfig, RewardConfig
+from fastppo.config_layers import LayersConfig
 from fastppo.config_memory import MemoryConfig
 from fastppo.config_offload import OffloadConfig
 from fastppo.config_optimizer import OptimizerConfig
@@ -259,6 +261,7 @@ class RunConfig:
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     out: str = "runs/ppo"

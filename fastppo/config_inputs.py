@@ -35,8 +35,6 @@ class ModelConfig:
     """Checkpoint of the reference; None: the policy as it was before the first update."""
     dtype: Dtype = "float32"
     """Dtype of the weights. Log-probs, ratios, advantages and losses are float32 with either."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
@@ -47,8 +45,6 @@ class CriticConfig:
 
     init: str = "policy"
     """`policy` (zero value head), `reward` (the first reward model and its head), or a checkpoint."""
-    gradient_checkpointing: bool = False
-    """As `policy.gradient_checkpointing`, for the critic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastppo.checks import require, require_positive
+from fastppo.checks import require, require_positive, require_unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +23,9 @@ class VLLMConfig:
     sleep: bool = False
     """Let the servers sleep between rollouts, so that on one card the trainer has their memory; they are started with
     --enable-sleep-mode."""
+    gpu_share: float | None = None
+    """Portion of the trainer's own card that a server takes, its --gpu-memory-utilization: the memory plan leaves it
+    out. None: 0.5 with `sleep`, as in the command that `fastppo doctor` prints, else none."""
 
     def __post_init__(self) -> None:
         require(len(self.servers) > 0, "rollout.vllm.servers is empty: give at least one URL")
@@ -33,3 +36,9 @@ class VLLMConfig:
         require(not twice, f"rollout.vllm.servers has {twice} twice: one entry per server")
         require_positive("rollout.vllm", self, "timeout_s", "wait_s")
         require(self.retries >= 0, f"rollout.vllm.retries must be >= 0, got {self.retries}")
+        require_unit("rollout.vllm", self, *(["gpu_share"] if self.gpu_share is not None else []))
+
+    @property
+    def portion(self) -> float:
+        """Of the trainer's card."""
+        return self.gpu_share if self.gpu_share is not None else 0.5 if self.sleep else 0.0

@@ -20,6 +20,7 @@ PACKAGES = {
     "flash-attn": "optional: packed attention in half precision on CUDA; PyTorch's varlen kernel without it",
     "peft": "optional: memory.share = 'lora'",
     "torchao": "optional: optimizer kinds 'adamw-8bit' and 'adamw-4bit'",
+    "liger-kernel": "optional: layers.fused = 'liger'",
     "tensorboard": "optional: train.loggers = ['tensorboard']",
     "wandb": "optional: train.loggers = ['wandb']",
     "trackio": "optional: train.loggers = ['trackio']",

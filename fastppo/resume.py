@@ -15,6 +15,7 @@ from fastppo import checkpoint, distributed, kept_rollout
 from fastppo.checkpoint import Checkpoint
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
+from fastppo.config_layers import LayersConfig
 from fastppo.config_offload import OffloadConfig
 from fastppo.config_watch import WatchConfig
 from fastppo.run import Run
@@ -25,8 +26,7 @@ PORTION_KEYS = {  # what a run that went out of memory may change: results then 
     "ppo.max_tokens_per_microbatch",
     "rollout.max_rows",
     "rollout.kv_gib",
-    "policy.gradient_checkpointing",
-    "critic.gradient_checkpointing",
+    *(f"layers.{f.name}" for f in fields(LayersConfig)),
 }
 FREE_KEYS = {  # what else may differ between a run and its continuation
     *("out", "device", "train.eval_every", "train.eval_prompts_max", "train.save_every", "train.keep_last"),
@@ -34,7 +34,7 @@ FREE_KEYS = {  # what else may differ between a run and its continuation
     *("rewards.timeout_s", "rewards.retries", "rewards.on_error", "ppo.max_skipped_steps", "ppo.on_max_skipped"),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
     *(f"offload.{f.name}" for f in fields(OffloadConfig)),
-    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep")),
+    *(f"rollout.vllm.{key}" for key in ("servers", "folder", "timeout_s", "retries", "wait_s", "sleep", "gpu_share")),
     *("rollout.gap_stop", "rollout.cuda_graphs", "rollout.keep_memory"),
 }
 

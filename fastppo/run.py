@@ -78,6 +78,8 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     _require_extras(config)
     device = _device(config.device)
     _check_backend(device)
+    models.require_a_gpu(config.layers, device)
+    models.require_fused(config.layers, device)
     require_gpu(config.offload, device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
     source = PromptSource(
@@ -90,7 +92,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     evals = config.data.eval_prompts
     held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
     plan = memory.check_start(config, device, max(len(ids) for ids in source.prompts.token_ids))
-    policy = models.to_device(models.load_policy(config.policy), device)
+    policy = models.to_device(models.load_policy(config.policy, config.layers), device)
     size = models.lm_head(policy).weight.shape[0]
     require(
         len(tokenizer) <= size,
@@ -114,6 +116,9 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
         total_steps=config.train.total_steps,
         seed=config.seed + 100003 * distributed.rank(),  # ranks sample differently (N+ details)
     )
+    for model in (engine.policy, engine.critic, engine.reference):
+        if model is not None:
+            models.fuse_layers(model, config.layers)
     _seed(config.seed + distributed.rank())  # again: how much loading drew must not matter to what rewards draw
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,9 +252,8 @@ def _check_lengths(prompts: Prompts, held_out: Prompts | None, policy: PreTraine
 def _critic(
     config: RunConfig, policy: PreTrainedModel, rewards: WeightedRewards, device: torch.device
 ) -> PreTrainedModel:
-    checkpointing = config.critic.gradient_checkpointing
     if config.critic.init == "policy":
-        return models.critic_from(policy, gradient_checkpointing=checkpointing)
+        return models.critic_from(policy, layers=config.layers)
     if config.critic.init == "reward":
         place = next(i for i, r in enumerate(config.rewards) if r.kind == "model")
         reward: Any = rewards.rewards[place]
@@ -258,12 +262,12 @@ def _critic(
             "critic.init = 'reward' needs a reward model that reads the policy's tokens from left to right, but "
             f"{reward.name!r} has a tokenizer of its own or is an encoder: use 'policy' or a checkpoint",
         )
-        critic = models.critic_from(reward.model, label=reward.label, gradient_checkpointing=checkpointing)
+        critic = models.critic_from(reward.model, label=reward.label, layers=config.layers)
         return models.to_device(critic, device)  # the reward model may be in host memory
     critic = models.load_critic(
         config.critic.init,
         config.policy.dtype,
-        gradient_checkpointing=checkpointing,
+        layers=config.layers,
         trust_remote_code=config.policy.trust_remote_code,
     )
     return models.to_device(critic, device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny
-from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, Rollout, RolloutConfig
+from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, Rollout, RolloutConfig, models
 
 LENGTHS = ((3, 5), (1, 2), (6, 9), (2, 1), (4, 4), (5, 7), (2, 6), (3, 3))  # (prompt, response) tokens of 8 sequences
 SCORES = [0.3, -1.2, 2.0, 0.5, -0.4, 1.1, 0.0, -2.2]
@@ -62,7 +62,7 @@ def bfloat16(model: PreTrainedModel) -> PreTrainedModel:
 def with_random_head(made: PPOEngine, seed: int = 0) -> PPOEngine:
     """Give the critic values that differ from state to state."""
     assert made.critic is not None
-    head: Any = made.critic.score
+    head = models.value_head(made.critic)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
     return made

@@ -36,7 +36,7 @@ def test_packed_equals_one_sequence_at_a_time(architecture, lengths):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_packed_gradients_equal_one_sequence_at_a_time(architecture, checkpointing):
-    model, ids = tiny.policy(architecture, gradient_checkpointing=checkpointing), sequences()
+    model, ids = tiny.policy(architecture, layers=tiny.LAYERS[checkpointing]), sequences()
     upstream = torch.randn(sum(LENGTHS), 32)
     (models.hidden_states(model, packed(ids)) * upstream).sum().backward()
     actual = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -50,7 +50,7 @@ def test_packed_gradients_equal_one_sequence_at_a_time(architecture, checkpointi
 
 
 def test_checkpointing_really_recomputes():
-    model = tiny.policy(gradient_checkpointing=True)
+    model = tiny.policy(layers=tiny.LAYERS[True])
     calls = []
     model.get_submodule("model.layers.0.self_attn").register_forward_pre_hook(lambda *_: calls.append(1))
     models.hidden_states(model, packed(sequences())).sum().backward()

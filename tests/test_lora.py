@@ -93,7 +93,7 @@ def test_four_roles_weigh_what_one_does(tmp_path: Path) -> None:
 def test_the_reference_is_the_base_bit_for_bit(architecture: str, checkpointing: bool) -> None:
     """Also after updates, and the fresh policy too: B = 0."""
     expected = logprobs(tiny.policy(architecture))
-    made = engine(adapted(architecture, gradient_checkpointing=checkpointing))
+    made = engine(adapted(architecture, layers=tiny.LAYERS[checkpointing]))
     assert torch.equal(logprobs(made.policy), expected)
     for seed in range(2):
         step(made, seed)
@@ -138,8 +138,8 @@ def test_forwards_and_backwards_of_roles_may_interleave(order: tuple[int, ...]) 
     Two forwards, then two backwards, of policy and critic in any order; and one backward of both.
     """
     batch, expected = gather(trajectories(), range(8)), []
-    policy = stirred(adapted(gradient_checkpointing=True))
-    critic = stirred(models.critic_from(policy, gradient_checkpointing=True), seed=1)
+    policy = stirred(adapted(layers=tiny.LAYERS[True]))
+    critic = stirred(models.critic_from(policy, layers=tiny.LAYERS[True]), seed=1)
     for model in (policy, critic):
         models.hidden_states(model, batch).square().sum().backward()
         expected.append(gradients(model))
@@ -160,8 +160,8 @@ def test_forwards_and_backwards_of_roles_may_interleave(order: tuple[int, ...]) 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_each_role_recomputes_or_not_as_it_is_told(recompute: bool) -> None:
-    policy = adapted(gradient_checkpointing=not recompute)
-    critic = models.critic_from(policy, gradient_checkpointing=recompute)
+    policy = adapted(layers=tiny.LAYERS[not recompute])
+    critic = models.critic_from(policy, layers=tiny.LAYERS[recompute])
     for model, wanted in ((policy, not recompute), (critic, recompute)):
         assert {m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")} == {wanted}
 
@@ -170,7 +170,7 @@ def test_each_role_recomputes_or_not_as_it_is_told(recompute: bool) -> None:
 def test_the_trap_is_there_with_one_active_adapter() -> None:
     """What the test above would see: peft's own way, an adapter switched between forward and backward."""
     batch = gather(trajectories(), range(8))
-    policy: Any = stirred(adapted(gradient_checkpointing=True))
+    policy: Any = stirred(adapted(layers=tiny.LAYERS[True]))
     policy.add_adapter(copy.deepcopy(policy.peft_config["default"]), "other")
     policy.set_adapter("default")
     loss = models.hidden_states(policy, batch).square().sum()

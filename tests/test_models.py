@@ -70,7 +70,7 @@ def test_critic_from_a_reward_model_is_its_score_path(architecture: str, label: 
     with torch.no_grad():
         ids = [torch.tensor([[*p, *r]]) for p, r in rollout.sequences()]
         expected = torch.cat([raw.eval()(input_ids=x).logits[:, label] for x in ids])
-    critic = models.critic_from(models.prepare(raw, False), label=label)
+    critic = models.critic_from(models.prepare(raw), label=label)
     torch.testing.assert_close(state_values(critic, rollout, max_tokens=100)[1], expected, atol=1e-5, rtol=0)
 
 
@@ -161,8 +161,8 @@ def test_logits_made_in_an_unknown_way_are_refused() -> None:
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     found = []
     for on in (False, True):
-        policy = tiny.policy(gradient_checkpointing=on)
-        made = with_random_head(engine(policy, critic=models.critic_from(policy, gradient_checkpointing=on)))
+        policy = tiny.policy(layers=tiny.LAYERS[on])
+        made = with_random_head(engine(policy, critic=models.critic_from(policy, layers=tiny.LAYERS[on])))
         found.append(recorded_gradients(made))
         moved(made)
     assert largest_gap(*found) <= 1e-6

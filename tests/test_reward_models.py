@@ -38,7 +38,7 @@ def classifier(architecture: str, labels: int = 1, pad: int | None = None) -> Pr
 
 
 def prepared(raw: PreTrainedModel) -> PreTrainedModel:
-    return models.frozen(models.prepare(raw, False))
+    return models.frozen(models.prepare(raw))
 
 
 def scores(model: PreTrainedModel, rollout: Rollout, **kwargs: Any) -> torch.Tensor:

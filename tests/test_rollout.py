@@ -14,6 +14,7 @@ from fastppo import Prompts, Rollout, Sampling, models
 from fastppo.attention import PACKED
 from fastppo.checks import RolloutError
 from fastppo.data import select
+from fastppo.models.activations import keep_activations
 from fastppo.rollout import EmbeddedEngine, decoder
 from fastppo.score import action_logprobs
 
@@ -85,7 +86,7 @@ def test_log_probs_are_the_trainers(architecture: str, checkpointing: bool) -> N
     """And a plain forward's: with 40 requests in 12 rows, of many lengths, longer than the sliding window."""
     made = sampler(architecture, max_rows=12)
     if checkpointing:
-        made.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        keep_activations(made.policy, tiny.LAYERS[True])
     given = prompts(20, longest=30)
     rollout = made.generate(given, Sampling(temperature=0.8, max_new_tokens=20, samples_per_prompt=2))
     ours = action_logprobs(made.policy, rollout, temperature=0.8, max_tokens=200)

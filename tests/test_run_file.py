@@ -17,6 +17,7 @@ from fastppo import (
     RunConfig,
     config,
     config_inputs,
+    config_layers,
     config_memory,
     config_optimizer,
     config_vllm,
@@ -31,13 +32,14 @@ MINIMAL: dict[str, Any] = {
     "rewards": [{"kind": "function", "target": "m:f"}],
 }
 FULL: dict[str, Any] = {
-    "policy": {"path": "p", "reference": "r", "dtype": "bfloat16", "gradient_checkpointing": True},
+    "policy": {"path": "p", "reference": "r", "dtype": "bfloat16"},
     "data": {"prompts": "d.jsonl", "eval_prompts": "e.jsonl", "template": "Q: {prompt}", "skip_long": True},
     "rewards": [
         {"kind": "model", "target": "a/rm", "label": 1, "weight": -0.5},
         {"kind": "http", "target": "http://localhost:8000/score", "retries": 0, "timeout_s": 2},
     ],
     "critic": {"init": "reward"},
+    "layers": {"checkpointing": "full", "checkpoint_every": 2},
     "rollout": {"num_prompts": 8, "samples_per_prompt": 2, "stop_token_ids": [3, 4], "temperature": 1},
     "ppo": {"num_minibatches": 4, "value_clip": "none", "advantage": "rloo", "dual_clip": 3, "target_kl": 0.1},
     "policy_optimizer": {"betas": [0.8, 0.9], "max_grad_norm": "none"},
@@ -89,7 +91,7 @@ def test_every_key_has_a_line_of_help() -> None:
     """A string below the field, which `fastppo train RUN.toml --help` prints."""
     silent = [
         f"{cls.name}.{key.target.id}"
-        for module in (config, config_inputs, config_memory, config_optimizer, config_vllm, config_watch)
+        for module in (config, config_inputs, config_layers, config_memory, config_optimizer, config_vllm, config_watch)
         for cls in ast.parse(inspect.getsource(module)).body
         if isinstance(cls, ast.ClassDef)
         for key, after in itertools.pairwise([*cls.body, ast.Pass()])
@@ -101,7 +103,18 @@ def test_every_key_has_a_line_of_help() -> None:
     assert silent == [f"RunConfig.{name}" for name in tables]  # whose help is their class's
 
 
-SECTIONS = ("policy", "data", "critic", "rollout", "ppo", "policy_optimizer", "critic_optimizer", "memory", "train")
+SECTIONS = (
+    "policy",
+    "data",
+    "critic",
+    "rollout",
+    "ppo",
+    "policy_optimizer",
+    "critic_optimizer",
+    "memory",
+    "layers",
+    "train",
+)
 NEAREST = [("", "sed", "seed"), ("rewards[0].", "wieght", "weight"), ("ppo.", "kl_coeff", "kl_coef")] + [
     (f"{s}.", key[:-1] + "_", key) for s in SECTIONS for key in (list(to_dict(from_dict(RunConfig, MINIMAL))[s])[-1],)
 ]

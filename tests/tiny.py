@@ -1,5 +1,7 @@
 """Tiny models of real architectures, made from config: what the tests train."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -11,7 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastppo import models
+from fastppo import LayersConfig, models
 
 VOCAB = 48
 _SHAPE = {
@@ -38,6 +40,7 @@ CONFIGS = {
     ),
 }
 ARCHITECTURES = tuple(CONFIGS)
+LAYERS = {False: LayersConfig(), True: LayersConfig(checkpointing="full")}  # by whether they are computed again
 
 
 def raw_lm(architecture: str = "llama", *, seed: int = 0, scale: float = 5.0) -> PreTrainedModel:
@@ -51,6 +54,6 @@ def raw_lm(architecture: str = "llama", *, seed: int = 0, scale: float = 5.0) ->
     return model
 
 
-def policy(architecture: str = "llama", *, seed: int = 0, scale: float = 5.0, **kwargs: bool) -> PreTrainedModel:
+def policy(architecture: str = "llama", *, seed: int = 0, scale: float = 5.0, **kwargs: Any) -> PreTrainedModel:
     """The same, ready for packed training."""
     return models.prepare_policy(raw_lm(architecture, seed=seed, scale=scale), **kwargs)

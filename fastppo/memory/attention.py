@@ -1,14 +1,28 @@
-"""The memory of a GPU's FlashAttention, for dry runs on machines without one: registered as `fastppo_outline`."""
+"""What a GPU does and this machine may not: FlashAttention and copies to the host, as dry runs of memory see them.
 
+The attention is registered as `fastppo_outline`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, PreTrainedModel
 
 from fastppo.attention import Memory, Packing
 
 OUTLINE = "fastppo_outline"
+
+
+@torch.library.custom_op("fastppo_outline::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; an operator, so that selective checkpointing can keep them."""
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+_attention.register_fake(lambda q, k, v: (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)))
 
 
 class _Flash(torch.autograd.Function):
@@ -16,8 +30,8 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        out, lse = _attention(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
@@ -52,3 +66,19 @@ def outline_attention(
 
 
 AttentionInterface.register(OUTLINE, outline_attention)
+
+
+def elsewhere(model: PreTrainedModel) -> None:
+    """As `layers.offload_activations` does it: what a checkpointed layer is computed again from takes no memory here
+    until then."""
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = _offloaded(module._gradient_checkpointing_func)  # pyright: ignore
+
+
+def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(lambda x: (x.shape, x.dtype), lambda what: torch.empty(what[0], dtype=what[1])):
+            return checkpoint(*args, **kwargs)
+
+    return call

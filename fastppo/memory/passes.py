@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastppo import attention, models
-from fastppo.config import MemoryConfig, OptimizerConfig
+from fastppo.config import LayersConfig, MemoryConfig, OptimizerConfig
 from fastppo.masters import make_weight
-from fastppo.memory.attention import OUTLINE
+from fastppo.memory.attention import OUTLINE, elsewhere
 from fastppo.memory.head import head_bytes, policy_loss, value_loss
 from fastppo.memory.ledger import Ledger, Parts, dry_run
 from fastppo.microbatch import MicroBatch
@@ -24,6 +25,9 @@ WEIGHTS, MASTERS, GRADIENTS, KV = "weights", "float32 masters", "gradients", "KV
 ACTIVATIONS, BACKWARD, LOGITS = "activations", "backward of a layer", "logits"
 SMALLEST_QUANTIZED = 4096  # numbers of a weight; torchao keeps the moments of smaller ones in float32
 ROUNDING = 16  # bytes per number: the master made for the step, noise, their sum, and the rounded result
+PLAIN = LayersConfig()
+P = ParamSpec("P")
+T = TypeVar("T")
 NAMES = ("_name_or_path", "transformers_version", "architectures")  # of a config, and nothing of its shape
 
 
@@ -36,7 +40,7 @@ class Model:
     kind: Kind
     dtype: str
     device: torch.device
-    gradient_checkpointing: bool = False
+    layers: LayersConfig = PLAIN
     optimizer: OptimizerConfig = OptimizerConfig()
     memory: MemoryConfig = MemoryConfig()
     """With share = "lora": adapters are trained, on a base that all roles share."""
@@ -47,15 +51,15 @@ class Model:
 
     def outline(self, ledger: Ledger) -> PreTrainedModel:
         """The model, its weights in the ledger."""
-        on_cpu = self.device.type == "cpu"
+        on_cpu, kept_here = self.device.type == "cpu", replace(self.layers, offload_activations=False)
         with ledger.labelled(WEIGHTS):
-            model = models.outline(
-                self.config, self.kind, self.dtype, gradient_checkpointing=self.gradient_checkpointing, on_cpu=on_cpu
-            )
+            model = models.outline(self.config, self.kind, self.dtype, layers=kept_here, on_cpu=on_cpu)
             if self.adapted:
                 model = _adapted(model, self.memory)
         if attention.backend(self.device, getattr(torch, self.dtype), None) != "sdpa":
             model.set_attn_implementation(OUTLINE)
+        if self.layers.offload_activations:
+            elsewhere(model)
         ledger.peak.clear()  # weights that are tied in the end are made apart
         ledger.note()
         return model
@@ -75,6 +79,18 @@ def _adapted(model: PreTrainedModel, memory: MemoryConfig) -> PreTrainedModel:
     if model.get_output_embeddings() is None:
         models.value_head(model).requires_grad_(True)
     return model
+
+
+def _without_gradient(function: Callable[Concatenate[Model, P], T]) -> Callable[Concatenate[Model, P], T]:
+    """Remembered by all but what layers keep for a backward pass."""
+    remembered = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(model: Model, *args: P.args, **kwargs: P.kwargs) -> T:
+        model = model if model.layers == PLAIN else replace(model, layers=PLAIN)
+        return remembered(model, *args, **kwargs)  # pyright: ignore[reportArgumentType]  all are hashable
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class Sizes:
     """While the optimizer steps, beside gradients: for weights that are stepped one at a time, those of the largest."""
 
 
-@functools.cache
+@_without_gradient
 def sizes(model: Model) -> Sizes:
     """What the weights take, and what their optimizer keeps of them."""
     kind, rounds = model.optimizer.kind, model.optimizer.masters == "stochastic"
@@ -156,7 +172,7 @@ def gradient(model: Model, load: Load, *, accumulates: bool) -> Parts:
     return ledger.peak
 
 
-@functools.cache
+@_without_gradient
 def forward(model: Model, load: Load) -> Parts:
     """The peak of scoring a micro-batch: log-probs, values or rewards; weights included."""
     batch = load.batch()
@@ -174,8 +190,17 @@ def forward(model: Model, load: Load) -> Parts:
     return ledger.peak
 
 
-@functools.cache
-def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, prefill: int) -> Parts:
+@dataclass(frozen=True)
+class Sampled:
+    """Bytes of a rollout."""
+
+    peak: Parts
+    step: int
+    """Most that one step over all rows makes and drops."""
+
+
+@_without_gradient
+def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, prefill: int) -> Sampled:
     """The peak of a rollout of `rows` sequences at a time: keys and values, reading prompts, decoding a token.
 
     Args:
@@ -193,13 +218,15 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
         hidden = _body(made, ids, cells, memory=Prefill(kv, which, cells), packing=packing)
         _sample(made, hidden[torch.arange(together)], ledger)
         del hidden
+        reading, ledger.peak, before = ledger.peak, Parts(), ledger.live.total()
         ids, at = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), positions - 1)
         hidden = _body(made, ids, at, memory=Decode(kv, at, positions), packing=None)
         _sample(made, hidden, ledger)
-    return ledger.peak
+    largest = max(reading, ledger.peak, key=lambda parts: parts.total())
+    return Sampled(largest, ledger.peak.total() - before)
 
 
-@functools.cache
+@_without_gradient
 def kv_row_bytes(model: Model, positions: int) -> int:
     """Bytes of the keys and values of one sequence."""
     with dry_run() as ledger:

@@ -9,7 +9,7 @@ import torch
 from fastppo.config_offload import OffloadConfig
 from fastppo.memory import passes
 from fastppo.memory.ledger import Parts
-from fastppo.memory.passes import GRADIENTS, MASTERS, WEIGHTS, Load, Model
+from fastppo.memory.passes import GRADIENTS, KV, MASTERS, WEIGHTS, Load, Model
 from fastppo.memory.presence import in_host_memory, loading, moments, on_device, reward
 from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
 
@@ -17,6 +17,8 @@ GIB = 1 << 30
 REWARD_TOKENS = 1 << 14  # of samples that a reward model reads at a time
 CONTEXT = {"cuda": GIB, "cpu": int(0.6 * GIB)}  # CUDA's context and cuBLAS's workspace; Python and its libraries
 SLACK = {"cuda": 0.05, "cpu": 0.0}  # of what comes and goes: blocks of the caching allocator that fit nothing
+ASLEEP = GIB  # of a card, by a vLLM server that sleeps: its context
+SERVERS = "vLLM servers"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class Work:
     kv_bytes: int | None
     samples: int = 1
     """Of each prompt."""
+    embedded: bool = True
+    """Sampled in this process."""
+    keeps_kv: bool = False
+    """The sampler's memory lives on between rollouts."""
+    graphs: bool = False
+    """Its steps are recorded."""
+    servers: float = 0.0
+    """Portion of the device that vLLM servers on it take."""
+    servers_sleep: bool = False
+    """Between rollouts."""
 
     @property
     def longest(self) -> int:
@@ -76,6 +88,11 @@ class Phase:
         """Bytes."""
         return self.parts.total()
 
+    @property
+    def own(self) -> int:
+        """Those of this process."""
+        return self.total - self.parts[SERVERS]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,7 +116,7 @@ class Plan:
     def overhead(self) -> int:
         """Beside the tensors: the process, and what the allocator cannot use."""
         device = self.setting.device.type
-        return CONTEXT[device] + int(SLACK[device] * max(0, self.peak.total - self.lasting))
+        return CONTEXT[device] + int(SLACK[device] * max(0, self.peak.own - self.lasting))
 
     @property
     def needed(self) -> int:
@@ -114,12 +131,15 @@ class Plan:
 def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     """Dry runs of every phase; all but `load` are of a later iteration, when the optimizers have their moments."""
     here = functools.partial(on_device, setting)
-    made = [Phase("load", loading(setting)), Phase("rollout", here() + _rollout(setting, here().total(), budget))]
+    sampler, kept = _rollout(setting, here().total(), budget)
+    awake, between = _servers(setting.work, budget)
+    made = [Phase("load", loading(setting) + awake), Phase("rollout", here() + sampler + awake)]
+    later = kept + between
     if setting.rewards:
         rewards = [here(reward(i)) + _reward(*r, setting.work) for i, r in enumerate(setting.rewards)]
-        made.append(Phase("reward", _largest(rewards)))
-    made.append(Phase("score", _largest(list(_scoring(setting))) + _batch(setting)))
-    made.append(Phase("update", _largest(list(_updating(setting))) + _batch(setting)))
+        made.append(Phase("reward", _largest(rewards) + later))
+    made.append(Phase("score", _largest(list(_scoring(setting))) + _batch(setting) + later))
+    made.append(Phase("update", _largest(list(_updating(setting))) + _batch(setting) + later))
     return Plan(setting, tuple(made), budget, (here() - moments(here())).total(), in_host_memory(setting))
 
 
@@ -162,12 +182,24 @@ def _reward(model: Model, batch_size: int, work: Work) -> Parts:
     return _forward(model, replace(work, sequences=min(work.sequences, batch_size), max_tokens=most))
 
 
-def _rollout(setting: Setting, lasting: int, budget: int | None) -> Parts:
+def _rollout(setting: Setting, lasting: int, budget: int | None) -> tuple[Parts, Parts]:
+    """While it runs, and what of it lives on until the next one."""
     work = setting.work
+    if not work.embedded:
+        return Parts(), Parts()
     rows = min(work.max_rows, work.sequences, _rows_that_fit(setting, lasting, budget))
     run = passes.sampling(setting.policy, rows, work.prompt, work.response, span=SPAN, prefill=PREFILL_TOKENS)
     requests = Parts({"requests": work.sequences * work.response * (4 + 8 + 4)})  # uniforms, tokens, log-probs
-    return _beyond(run) + requests
+    # Steps of all numbers of rows are recorded into one pool, which is taken to be as large as the largest needs:
+    pool = Parts({"CUDA graphs": run.step * (work.graphs and setting.device.type == "cuda")})
+    kept = Parts({KV: run.peak[KV]}) + requests + pool if work.keeps_kv else Parts()
+    return _beyond(run.peak) + requests + pool, kept
+
+
+def _servers(work: Work, budget: int | None) -> tuple[Parts, Parts]:
+    """What vLLM takes of this device, awake, as it starts and samples, and between rollouts."""
+    awake = int(work.servers * (budget or 0))
+    return Parts({SERVERS: awake}), Parts({SERVERS: min(awake, ASLEEP) if work.servers_sleep else awake})
 
 
 def _rows_that_fit(setting: Setting, lasting: int, budget: int | None) -> int:

@@ -27,10 +27,9 @@ def setting_of(
     Raises:
         ValueError: the config of a model cannot be read.
     """
-    checkpointing = config.policy.gradient_checkpointing
-    learns = {"optimizer": config.policy_optimizer, "memory": config.memory}
+    learns = {"optimizer": config.policy_optimizer, "memory": config.memory, "layers": config.layers}
     return Setting(
-        policy=_model(config.policy.path, "policy", config, device, gradient_checkpointing=checkpointing, **learns),
+        policy=_model(config.policy.path, "policy", config, device, **learns),
         critic=_critic(config, device),
         reference=_reference(config, device),
         rewards=tuple((_reward(r, config, device), r.batch_size) for r in _reward_models(config)),
@@ -62,6 +61,11 @@ def _work(config: RunConfig, prompt_tokens: int | None, world_size: int) -> Work
         max_tokens=config.ppo.max_tokens_per_microbatch,
         max_rows=rollout.max_rows,
         kv_bytes=None if rollout.kv_gib is None else int(rollout.kv_gib * 2**30),
+        embedded=rollout.engine != "vllm",
+        keeps_kv=rollout.keep_memory and rollout.engine == "embedded",
+        graphs=rollout.cuda_graphs and rollout.engine == "embedded",
+        servers=rollout.vllm.portion if rollout.engine == "vllm" else 0.0,
+        servers_sleep=rollout.vllm.sleep,
     )
     require(
         work.longest <= work.max_tokens,
@@ -81,9 +85,8 @@ def _critic(config: RunConfig, device: torch.device) -> Model | None:
         return None
     named = {"policy": config.policy.path, "reward": next((r.target for r in _reward_models(config)), "")}
     path = named.get(config.critic.init, config.critic.init)
-    learns = {"optimizer": config.critic_optimizer, "memory": config.memory}
-    checkpointing = config.critic.gradient_checkpointing
-    return _model(path, "critic", config, device, gradient_checkpointing=checkpointing, **learns)
+    learns = {"optimizer": config.critic_optimizer, "memory": config.memory, "layers": config.layers}
+    return _model(path, "critic", config, device, **learns)
 
 
 def _reference(config: RunConfig, device: torch.device) -> Model | None:

@@ -12,6 +12,7 @@ from fastppo.memory.presence import on_device
 from fastppo.memory.setting import setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
+RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
 KEYS = tuple(f.name for f in fields(OffloadConfig))
 
 
@@ -39,10 +40,11 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     Micro-batches and rows, which change no result, are made as small as it takes and left as large as they can be.
     """
     found: list[Way] = []
-    offloads = list(_offloads(config)) if plan.setting.device.type == "cuda" else []
-    for changes in _combinations(offloads + list(_changes(config))):
+    device = plan.setting.device.type
+    offloads = list(_offloads(config)) if device == "cuda" else []
+    for changes in _combinations(offloads + list(_changes(config, device))):
         keys = {key: value for change in changes for key, value in change.keys.items()}
-        if any(way.keys.items() <= keys.items() or _same_changes(way, keys) for way in found):
+        if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
         made = _tried(config, keys, plan)
         if made is not None:
@@ -68,22 +70,42 @@ def changed(config: RunConfig, keys: dict[str, object]) -> RunConfig:
     return config
 
 
-def _changes(config: RunConfig) -> Iterator[Change]:
+def _changes(config: RunConfig, device: str) -> Iterator[Change]:
     critic = config.ppo.advantage == "gae"
-    if not (config.policy.gradient_checkpointing and (config.critic.gradient_checkpointing or not critic)):
-        keys: dict[str, object] = {"policy.gradient_checkpointing": True}
-        keys |= {"critic.gradient_checkpointing": True} if critic else {}
-        yield Change(keys, "activations are computed twice: about a third more compute in the update", 1)
+    yield from _recomputation(config, device)
+    if config.rollout.keep_memory:
+        yield Change({"rollout.keep_memory": False}, "memory for sampling is made anew for every rollout", 1)
     if config.ppo.roll_back:
         yield Change({"ppo.roll_back": False}, "an update that drifts too far stops and is not undone", 2)
     yield from _optimizers(config)
     if config.policy.dtype == "float32":
         yield Change({"policy.dtype": "bfloat16"}, "the models compute in bfloat16", 3)
     if critic:
-        keys = {"ppo.advantage": "reinforce++", "critic.init": "policy"}
+        keys: dict[str, object] = {"ppo.advantage": "reinforce++", "critic.init": "policy"}
         yield Change(keys, "no critic: another estimator of advantages", 5)
     if config.ppo.kl_coef > 0 and config.ppo.kl_target is None:
         yield Change({"ppo.kl_coef": 0.0}, "no reference: nothing holds the policy to where it began", 6)
+
+
+def _recomputation(config: RunConfig, device: str) -> Iterator[Change]:
+    """Alternatives, the mildest first."""
+    now = config.layers.checkpointing
+    every: dict[str, object] = {} if config.layers.checkpoint_every == 1 else {EVERY: 1}
+    if now == "none":
+        yield Change({RECOMPUTED: "selective"}, "norms and activation functions are computed twice in the update", 1)
+    if now != "full" or every:
+        yield Change({RECOMPUTED: "full", **every}, "layers are computed twice: a third more compute in the update", 2)
+    if device == "cuda" and not config.layers.offload_activations:
+        keys = {RECOMPUTED: "full", **every, "layers.offload_activations": True}
+        yield Change(keys, "layers are computed twice, from inputs that the update copies to the host and back", 3)
+
+
+def _milder(keys: dict[str, object]) -> list[dict[str, object]]:
+    """The same with less given up in the layers."""
+    if keys.get(RECOMPUTED) != "full":
+        return []
+    kept = {key: value for key, value in keys.items() if key != "layers.offload_activations"}
+    return [kept, {key: value for key, value in kept.items() if key != EVERY} | {RECOMPUTED: "selective"}]
 
 
 def _optimizers(config: RunConfig) -> Iterator[Change]:

@@ -4,9 +4,11 @@ All roles are ordinary transformers models with packed attention and dropout off
 load them: the policy as a causal LM, the critic as a token classifier with one label (the value of each state).
 """
 
+from fastppo.models.activations import require_a_gpu
 from fastppo.models.adapter_files import is_saved_at as is_saved_adapter
 from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, kv_shape, require_context
 from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
+from fastppo.models.fused import fuse_layers, require_fused
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
 from fastppo.models.lora import adapt, bare, is_adapted, plain_weights, require_peft
 from fastppo.models.outline import outline
@@ -32,6 +34,7 @@ __all__ = [
     "critic_from",
     "eos_token_ids",
     "frozen",
+    "fuse_layers",
     "has_tokenizer",
     "hidden_states",
     "is_adapted",
@@ -52,7 +55,9 @@ __all__ = [
     "prepare_policy",
     "reference_of",
     "read_config",
+    "require_a_gpu",
     "require_context",
+    "require_fused",
     "require_peft",
     "reward_model_from",
     "save",

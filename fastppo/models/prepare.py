@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from fastppo.attention import PACKED, dense_attention, plan
 from fastppo.checks import require
+from fastppo.config import LayersConfig
 from fastppo.microbatch import MicroBatch
+from fastppo.models.activations import keep_activations
 from fastppo.models.heads import hidden_states, lm_head
 from fastppo_kernels import linear
 
+PLAIN = LayersConfig()
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}  # what `attention.py` computes
 
 
@@ -23,18 +26,18 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def prepare(model: PreTrainedModel, gradient_checkpointing: bool = False) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, layers: LayersConfig = PLAIN) -> PreTrainedModel:
     """Any decoder, ready for packed forwards.
 
     Raises:
         ValueError: its sequences cannot be packed.
     """
-    _check_packing(set_up(model, gradient_checkpointing))
+    _check_packing(set_up(model, layers))
     return model
 
 
 def set_up(
-    model: PreTrainedModel, gradient_checkpointing: bool = False, *, on_cpu: bool = not torch.cuda.is_available()
+    model: PreTrainedModel, layers: LayersConfig = PLAIN, *, on_cpu: bool = not torch.cuda.is_available()
 ) -> PreTrainedModel:
     """`prepare` without a forward pass, for a device with or without CUDA."""
     require(
@@ -56,8 +59,7 @@ def set_up(
         "with rope_type 'default', 'linear', 'llama3' or 'yarn'",
     )
     model.set_attn_implementation(PACKED)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    keep_activations(model, layers)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # there is no padding: a pad token that is also EOS learns like any other

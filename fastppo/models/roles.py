@@ -18,29 +18,29 @@ from transformers import (
 )
 
 from fastppo.checks import require
-from fastppo.config import ModelConfig
+from fastppo.config import LayersConfig, ModelConfig
 from fastppo.models import adapter_files, lora
 from fastppo.models.files import load, read, read_config, refuse_damaged
 from fastppo.models.heads import HEADS, head_name, is_decoder, lm_head, value_head
-from fastppo.models.prepare import check_head, frozen, prepare, remember_dropout, to_device, without_dropout
+from fastppo.models.prepare import PLAIN, check_head, frozen, prepare, remember_dropout, to_device, without_dropout
 
 
-def load_policy(config: ModelConfig) -> PreTrainedModel:
+def load_policy(config: ModelConfig, layers: LayersConfig = PLAIN) -> PreTrainedModel:
     """Any causal LM checkpoint, ready for packed forwards.
 
     Raises:
         ValueError: the checkpoint is missing, damaged, incomplete, or its logits are not a plain LM head's.
     """
     model = load(AutoModelForCausalLM, config.path, config.dtype, trust_remote_code=config.trust_remote_code)
-    return prepare_policy(model, gradient_checkpointing=config.gradient_checkpointing)
+    return prepare_policy(model, layers=layers)
 
 
-def prepare_policy(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+def prepare_policy(model: PreTrainedModel, *, layers: LayersConfig = PLAIN) -> PreTrainedModel:
     """Switch packed attention on and check that hidden states and LM head reproduce the model's own logits.
 
     A `peft.PeftModel` with one LoRA adapter becomes the transformers model inside it: only the adapter then trains.
     """
-    model = prepare(lora.unwrapped(model), gradient_checkpointing)
+    model = prepare(lora.unwrapped(model), layers)
     check_head(model)
     return model
 
@@ -79,11 +79,11 @@ def load_reward_model(
     if adapter_files.is_saved_at(path):
         return frozen(_load_reward_adapter(path, base))
     model = load(AutoModelForSequenceClassification, path, dtype, trust_remote_code=trust_remote_code)
-    return frozen(prepare(model, False) if is_decoder(model) else without_dropout(model))
+    return frozen(prepare(model) if is_decoder(model) else without_dropout(model))
 
 
 def load_critic(
-    path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False, trust_remote_code: bool = False
+    path: str, dtype: str = "float32", *, layers: LayersConfig = PLAIN, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A critic saved by fastppo (its value head comes back), or the body of any LM or reward model with a zero head."""
     config = read_config(path, trust_remote_code)
@@ -94,12 +94,10 @@ def load_critic(
     refuse_damaged(path, model, info, () if saved else HEADS)
     if not saved:
         _zero(value_head(model))
-    return prepare(model, gradient_checkpointing)
+    return prepare(model, layers)
 
 
-def critic_from(
-    model: PreTrainedModel, *, label: int | None = None, gradient_checkpointing: bool = False
-) -> PreTrainedModel:
+def critic_from(model: PreTrainedModel, *, label: int | None = None, layers: LayersConfig = PLAIN) -> PreTrainedModel:
     """A critic with the body of `model` (a policy, or a reward model with `label` naming the logit to start from).
 
     The value head is float32: zero for a policy (V = 0 before the first update), the reward head for a reward model.
@@ -107,7 +105,7 @@ def critic_from(
     """
     if lora.is_adapted(model):
         require(label is None, "a critic on the base of adapters starts from a value head of zero, not from a reward's")
-        critic = prepare(_around_body_of(model, critic_class(model.config)), gradient_checkpointing)
+        critic = prepare(_around_body_of(model, critic_class(model.config)), layers)
         critic = lora.adapt_like(critic, model, seed=1)
         _zero(value_head(critic)).requires_grad_(True)
         return critic
@@ -119,7 +117,7 @@ def critic_from(
             head.weight.copy_(source.weight[label])
             if head.bias is not None and source.bias is not None:
                 head.bias.copy_(source.bias[label])
-    return prepare(critic, gradient_checkpointing)
+    return prepare(critic, layers)
 
 
 def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
@@ -127,7 +125,7 @@ def reward_model_from(model: PreTrainedModel) -> PreTrainedModel:
     reward = _with_body_of(model, AutoModelForSequenceClassification)
     head = value_head(reward).float()
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    return prepare(reward, False)
+    return prepare(reward)
 
 
 def critic_class(config: PreTrainedConfig) -> Any:
@@ -176,7 +174,7 @@ def _load_reward_adapter(path: str, base: PreTrainedModel | None) -> PreTrainedM
     assert base is not None
     adapter_files.require_base(path, str(base.name_or_path))
     reward = _around_body_of(base, AutoModelForSequenceClassification, adapter_files.num_labels_at(path, HEADS))
-    reward = prepare(reward, False)
+    reward = prepare(reward)
     return adapter_files.load_adapter(reward, str(head_name(reward)), path)
 
 

@@ -7,8 +7,19 @@ import pytest
 import torch
 
 import tiny
-from batches import SCORES, bfloat16, engine, equal_weights, largest_gap, prompts, trajectories, weights
-from fastppo import OptimizerConfig, models
+from batches import (
+    SCORES,
+    bfloat16,
+    engine,
+    equal_weights,
+    largest_gap,
+    prompts,
+    recorded_gradients,
+    trajectories,
+    weights,
+    with_random_head,
+)
+from fastppo import LayersConfig, OptimizerConfig, models
 from fastppo.config import MemoryConfig
 from fastppo.optimizer import Trainable, make_trainable
 from fastppo.score import action_logprobs
@@ -70,7 +81,7 @@ def test_rounding_at_random_leaves_no_float32_copy() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapters_on_one_base_train_and_the_reference_stays(dtype: torch.dtype, checkpointing: bool) -> None:
-    base = tiny.policy(scale=1.0, gradient_checkpointing=checkpointing)
+    base = tiny.policy(scale=1.0, layers=tiny.LAYERS[checkpointing])
     base = models.to_device(base if dtype == torch.float32 else bfloat16(base), DEVICE)
     policy = models.adapt(base, MemoryConfig(lora_rank=4))
     made = engine(policy, ppo={"num_epochs": 2})
@@ -82,3 +93,43 @@ def test_adapters_on_one_base_train_and_the_reference_stays(dtype: torch.dtype, 
         assert logged["val/ratio_max_first"] == 1.0 and logged["policy/skipped_steps"] == 0
     after = action_logprobs(made.reference, given, temperature=1.0, max_tokens=100)  # pyright: ignore
     assert torch.equal(before, after) and largest_gap(weights(policy), start) > 0
+
+
+def kept_by_an_update(layers: LayersConfig) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients of policy and critic, and the most that was allocated beside what was there before."""
+    policy = models.to_device(tiny.policy(scale=1.0, layers=layers), DEVICE)
+    made = engine(policy, critic=models.critic_from(policy, layers=layers))
+    found = recorded_gradients(with_random_head(made))
+    experience = made.score(trajectories([(28, 100)] * 8, device=DEVICE), SCORES)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    made.update(experience)
+    return found, torch.cuda.max_memory_allocated() - before
+
+
+def test_layers_that_keep_less_give_the_same_gradients_in_less_memory() -> None:
+    ladder = [
+        LayersConfig(),
+        LayersConfig(checkpointing="selective"),
+        LayersConfig(checkpointing="full"),
+        LayersConfig(checkpointing="full", offload_activations=True),
+    ]
+    gradients, peaks = zip(*(kept_by_an_update(layers) for layers in ladder), strict=True)
+    assert all(equal_weights(found, gradients[0]) for found in gradients[1:])
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+
+
+@pytest.mark.parametrize("fused", ["liger", "compile"])
+def test_fused_layers_are_of_one_model_and_the_ratio_stays_1(fused: Any) -> None:
+    if fused == "liger":
+        pytest.importorskip("liger_kernel")
+    plain, changed = (models.to_device(tiny.policy(scale=1.0), DEVICE) for _ in range(2))
+    models.fuse_layers(changed, LayersConfig(fused=fused))
+    given = trajectories(device=DEVICE)
+    expected, found = (action_logprobs(m, given, temperature=1.0, max_tokens=100) for m in (plain, changed))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    made = engine(changed)
+    logged = made.update(made.score(made.generate(prompts()), SCORES))
+    assert logged["val/ratio_max_first"] == 1.0 and logged["policy/skipped_steps"] == 0
+    assert torch.equal(action_logprobs(plain, given, temperature=1.0, max_tokens=100), expected)

@@ -1,0 +1,113 @@
+"""Fused kernels of layers: the same numbers but for rounding, for one model and no other."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch._dynamo.utils import counters
+from triton.runtime import interpreter
+
+import runs
+import tiny
+from batches import SCORES, engine, prompts, trajectories
+from fastppo import LayersConfig, models
+from fastppo.attention import dense_attention
+from fastppo.microbatch import gather
+from fastppo.models import fused
+from fastppo.score import action_logprobs
+from fastppo.trainer import train
+from numerics import assert_as_accurate
+
+ROWS = ([0, 1, 2, 3], [6], [2, 5], [0, 1, 2, 3, 4, 5, 6, 7], [1, 1], [7, 2, 5], [1])  # micro-batches of all shapes
+SHAPES = 2  # of which all kinds are: several sequences, and one, whose attention is not padded
+
+
+def pass_through(model: Any, sequences: list[int]) -> dict[str, Tensor]:
+    """Hidden states, and the gradients of all parameters one after the other."""
+    model.zero_grad()
+    hidden = models.hidden_states(model, gather(trajectories(), sequences))
+    hidden.square().mean().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return {"hidden": hidden.detach(), "gradients": torch.cat(gradients)}
+
+
+def assert_same_numbers(changed: Any, architecture: str, layers: LayersConfig, sequences: list[int]) -> None:
+    """By the rule of tests/numerics.py."""
+    plain = pass_through(tiny.policy(architecture, layers=layers), sequences)
+    truth = pass_through(tiny.policy(architecture, layers=layers).double(), sequences)
+    for name, found in pass_through(changed, sequences).items():
+        assert_as_accurate(name, found, plain[name], truth[name])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_fit_every_micro_batch_and_keep_the_ratio_at_1(checkpointing: bool) -> None:
+    layers = tiny.LAYERS[checkpointing]
+    torch._dynamo.reset()
+    counters.clear()
+    policy = tiny.policy(layers=layers)
+    models.fuse_layers(policy, LayersConfig(fused="compile"))
+    compiled = []
+    for sequences in ROWS:
+        assert_same_numbers(policy, "llama", layers, sequences)
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert 0 < compiled[SHAPES - 1] == compiled[-1] <= 16
+    made = engine(policy)
+    logged = made.update(made.score(made.generate(prompts()), SCORES))
+    assert logged["val/ratio_max_first"] == 1.0
+    with dense_attention(policy):
+        assert policy.config._attn_implementation != fused.UNTRACED
+    assert policy.config._attn_implementation == fused.UNTRACED
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter, with what it lacks for Liger: scalars as a GPU gets them, and libdevice's rsqrt."""
+    pytest.importorskip("liger_kernel", reason="pip install 'fastppo[liger]'")
+    monkeypatch.setattr(importlib.import_module("liger_kernel.ops.rms_norm"), "rsqrt", lambda x: 1 / tl.sqrt(x))
+    plain = interpreter._implicit_cvt
+
+    def converted(x: Any) -> Any:
+        if not isinstance(x, float):
+            return plain(x)
+        return tl.core.tensor(interpreter.TensorHandle(np.array([x], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_ligers_kernels_are_given_to_one_model_alone() -> None:
+    """With full checkpointing."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu has it")
+    layers = tiny.LAYERS[True]
+    before = pass_through(tiny.policy("qwen2", layers=layers), ROWS[0])
+    policy = tiny.policy("qwen2", layers=layers)
+    fused.use_liger(policy)
+    assert_same_numbers(policy, "qwen2", layers, ROWS[0])
+    after = pass_through(tiny.policy("qwen2", layers=layers), ROWS[0])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not torch.equal(pass_through(policy, ROWS[0])["hidden"], before["hidden"])  # they did run
+    scored = [action_logprobs(policy, trajectories(), temperature=1.0, max_tokens=n) for n in (100, 100)]
+    assert torch.equal(*scored)
+
+
+@pytest.mark.parametrize(("there", "said"), [(True, "on 'cpu': use 'compile' or 'none'"), (False, r"fastppo\[liger\]")])
+def test_liger_needs_a_gpu_and_the_package(
+    there: bool, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = importlib.util.find_spec
+    ours = lambda name, *rest: (found("json") if there else None) if name == "liger_kernel" else found(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", ours)
+    with pytest.raises(ValueError, match=said):
+        train(runs.config(tmp_path, layers={"fused": "liger"}))
+    with pytest.raises(ValueError, match=said):
+        models.fuse_layers(tiny.policy(), LayersConfig(fused="liger"))
+    assert not (tmp_path / "run").exists()
