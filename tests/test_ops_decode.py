@@ -96,6 +96,9 @@ def test_a_head_is_its_softmax_over_the_positions_up_to_its_own(
 )
 def test_windows_and_soft_caps(backend: str, settings: dict[str, Any]) -> None:
     p = problem([0, 40, 100], 4, 2, 32)
+    for i, position in enumerate(p.positions.tolist()):  # what was before the window may hold anything
+        p.keys[i, :, : max(position + 1 - settings.get("window", 1000), 0)] = NAN
+        p.values[i, :, : max(position + 1 - settings.get("window", 1000), 0)] = NAN
     out = p.run(backend=backend, **settings)
     assert_as_accurate("out", out, p.truth(torch.float32, **settings), p.truth(torch.float64, **settings))
 
@@ -124,6 +127,12 @@ def test_the_new_keys_and_values_are_in_memory_afterwards_and_nothing_else_chang
         expected = before.clone()
         expected[torch.arange(3), :, p.positions] = new
         assert torch.equal(memory.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_positions_may_lie_apart_in_memory(backend: str) -> None:
+    p = problem([30, 20, 10], 2, 1, 16)
+    p.positions = torch.stack([p.positions, torch.zeros_like(p.positions)], 1)[:, 0]
+    assert_as_accurate("out", p.run(backend=backend), p.truth(torch.float32), p.truth(torch.float64))
 
 
 def test_a_sequence_does_not_depend_on_the_others(backend: str) -> None:
@@ -183,6 +192,7 @@ def test_opcheck() -> None:
         ({"positions": torch.tensor([-1, 3])}, "positions must lie in"),
         ({"span": 14}, "span must be in"),
         ({"window": 0}, "window must be >= 1"),
+        ({"scale": 0.0}, "scale must be finite and > 0"),
         ({"softcap": 0.0}, "softcap > 0"),
         ({"q": torch.zeros(2, 3, 16)}, "must be a multiple"),
         ({"keys": torch.zeros(2, 2, 16, 13).transpose(2, 3)}, "one after the other"),

@@ -27,6 +27,7 @@ from fastppo.bench import arguments, harness
 from fastppo.bench.harness import Case, Outputs, Variant
 from fastppo.bench.work import Sizes
 from fastppo.rollout import EmbeddedEngine
+from fastppo.rollout.generate_batch import PAGES
 from fastppo.score import action_logprobs
 
 VOCAB = 8192
@@ -35,7 +36,8 @@ SHAPES = {  # hidden, layers, heads, kv heads, intermediate, requests on a CPU
     "mid": (768, 12, 12, 4, 3072, 32),
     "0.5B": (896, 24, 14, 2, 4864, 256),
 }
-ATTENTION = {"fastppo": PACKED, "generate": "sdpa", "generate_batch": "paged|eager"}  # the quickest of each on a CPU
+ATTENTION = {"fastppo": PACKED, "generate": "sdpa"}
+PAGED = {"cpu": "paged|eager", "cuda": "sdpa"}  # of generate_batch; with flash-attn it takes that by itself on a GPU
 HALF = "fastppo bfloat16"
 LARGEST_GAP = {torch.float32: 1e-5, torch.bfloat16: 0.2}  # nats
 
@@ -81,9 +83,8 @@ def generate(policy: Any, requests: Prompts) -> Outputs:
 
 def generate_batch(policy: Any, requests: Prompts) -> Outputs:
     """transformers' continuous batching, a limit for each request; sized for this workload, as its default is not."""
-    blocks = ContinuousBatchingConfig(
-        page_size=32, num_blocks=16 * len(requests), max_batch_tokens=1024, return_logprobs=True
-    )
+    sizes: dict[str, Any] = {PAGES: 32, "num_blocks": 16 * len(requests), "max_batch_tokens": 1024}
+    blocks = ContinuousBatchingConfig(**sizes, return_logprobs=True)
     options = GenerationConfig(do_sample=True, max_new_tokens=max(requests.limits), top_k=0)
     with policy.continuous_batching_context_manager(
         generation_config=options, continuous_batching_config=blocks
@@ -108,7 +109,7 @@ def with_attention(policy: Any, variant: str) -> Callable[[], None]:
 
     def before() -> None:
         policy.eval()
-        policy.set_attn_implementation(ATTENTION[variant])
+        policy.set_attn_implementation(ATTENTION.get(variant) or PAGED[policy.device.type])
 
     return before
 
@@ -162,7 +163,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 tolerance=1.0,
                 num_bytes=least_bytes(sizes, requests, options.rows),
                 flops=sizes.forward(_totals(requests), sum(requests.limits)),
-                dtype=torch.float32 if options.device == "cpu" else dtype,
+                dtype=dtype,
                 tokens=sum(requests.limits),
             )
 

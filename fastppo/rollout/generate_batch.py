@@ -23,6 +23,7 @@ from fastppo.rollout.kv import kv_budget
 from fastppo.rollout.modes import eval_mode
 
 PAGE = 32  # tokens
+PAGES = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"  # as in 5.17
 BATCH_TOKENS = 4096  # of one forward; its own default takes 8192 on any machine
 POLL_S = 1.0  # between looks at a thread that gives no result
 STOP_S = 60.0  # that it has to end its last step in
@@ -138,18 +139,19 @@ class GenerateBatchEngine:
         return sorted(kept, key=lambda r: int(r.request_id))
 
     def _sizes(self, requests: Sequence[tuple[Sequence[int], int]]) -> ContinuousBatchingConfig:
-        pages = max(-(-(len(ids) + limit) // PAGE) for ids, limit in requests)
-        blocks = (min(self.max_rows, len(requests)) + 1) * pages
+        longest = max(-(-(len(ids) + limit) // PAGE) for ids, limit in requests)
+        blocks = (min(self.max_rows, len(requests)) + 1) * longest
         budget = kv_budget(self.kv_bytes, self.policy.device)
         if budget is not None:
             blocks = min(blocks, budget // (PAGE * models.kv_bytes_per_token(self.policy)))
         require(
-            blocks >= pages,
-            f"the keys and values of one sequence take {pages} pages of {PAGE} tokens, more than the {blocks} that "
+            blocks >= longest,
+            f"the keys and values of one sequence take {longest} pages of {PAGE} tokens, more than the {blocks} that "
             "fit: raise rollout.kv_gib, or lower max_new_tokens or the prompts' length",
         )
+        pages: dict[str, Any] = {PAGES: PAGE}
         return ContinuousBatchingConfig(
-            page_size=PAGE,
+            **pages,
             num_blocks=blocks,
             max_batch_tokens=max(BATCH_TOKENS, self.max_rows),
             max_requests_per_batch=self.max_rows,

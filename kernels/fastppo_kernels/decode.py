@@ -35,7 +35,7 @@ def decode_attention(
         k, v: (n, kv_heads, D) of the new tokens.
         keys, values: (rows, kv_heads, positions, D), rows >= n; written at [i, :, positions[i]].
         positions: (n,) int64, each less than `span`; not read on the host.
-        scale: of the scores; None: D ** -0.5.
+        scale: of the scores, > 0; None: D ** -0.5.
         window: positions that are looked at, the new one included; None: all.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118); None: as they are.
         span: upper bound of positions + 1, for which memory and programs are sized; None: all of memory.

@@ -40,7 +40,7 @@ class DecodeSettings:
     """
 
     scale: float
-    """Of the scores."""
+    """Of the scores, > 0."""
     span: int
     """Upper bound of positions + 1, for which memory and programs are sized."""
     window: int | None = None
@@ -49,6 +49,8 @@ class DecodeSettings:
     """Scores become softcap * tanh(score / softcap), > 0; None: as they are."""
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.scale < math.inf:
+            raise ValueError(f"scale must be finite and > 0, got {self.scale}; the usual one is D ** -0.5")
         if (self.window is not None and self.window < 1) or (self.softcap is not None and not self.softcap > 0):
             raise ValueError(
                 f"window must be >= 1 and softcap > 0, got {self.window} and {self.softcap}; None switches either off"

@@ -79,7 +79,8 @@ def _attend(
         for start in tl.range(begin, end, BLOCK, num_stages=2):
             at = start + t
             place = memory + at.to(tl.int64)[:, None] * D + d[None, :]
-            old = (at < position)[:, None] & in_d[None, :]  # the new token's place may not be written yet
+            # The new token's place may not be written yet; those before the window may hold NaN.
+            old = ((at >= first) & (at < position))[:, None] & in_d[None, :]
             is_new = (at == position)[:, None]
             k = tl.where(is_new, new_k[None, :], tl.load(keys_ptr + place, mask=old, other=0.0))
             v = tl.where(is_new, new_v[None, :], tl.load(values_ptr + place, mask=old, other=0.0))
@@ -140,7 +141,7 @@ def decode_attention(
         raise ValueError(f"q must be float32, bfloat16 or float16, got {q.dtype}; convert it")
     n, heads, D = q.shape
     kv_heads = k.shape[1]
-    q, k, v = (x.contiguous() for x in (q, k, v))
+    q, k, v, positions = (x.contiguous() for x in (q, k, v, positions))
     chunks = triton.cdiv(s.span, CHUNK)
     out = torch.empty_like(q)
     parts = torch.empty(n, heads, chunks, D, dtype=torch.float32, device=q.device) if chunks > 1 else None
