@@ -63,6 +63,8 @@ tests() { # in several processes: nearly all of the time is spent compiling, on 
     if [[ -z $rehearse ]]; then
         beside sanitized "$PYTHON" bench/sanitized_rows.py # compiles, so that the sanitizer need not
         laws kernels_on_gpu tests/gpu/test_kernels_on_gpu.py
+        laws engine_on_gpu tests/gpu/test_{memory,plan,offload,resume}_on_gpu.py
+        laws scale tests/test_ops_scale.py
         laws rows_table tests/test_gpu_rows.py -k "table_and_gradient"
         laws rows_tokens tests/test_gpu_rows.py -k "tokens_answer or far_and_near"
         laws rows tests/test_gpu_rows.py -k "not table_and_gradient and not tokens_answer and not far_and_near"

@@ -1,4 +1,4 @@
-"""The row kernel once in each of its forms, small: what bench/gpu_suite.sh runs under compute-sanitizer.
+"""The row kernel in each of its forms, and decode attention, small: what gpu_suite.sh runs under compute-sanitizer.
 
 One block and several, tails, rows that end with the allocation, a gradient in memory of its own, over the logits, and
 of half their width over them; rows shared between programs; targets outside the vocabulary.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels import gpu
+from fastppo_kernels.gpu.decode import CHUNK
 from fastppo_kernels.reference import PPORows
-from fastppo_kernels.settings import HeadSettings, PPOSettings
+from fastppo_kernels.settings import DecodeSettings, HeadSettings, PPOSettings
 
 HEAD, SETTINGS = HeadSettings(temperature=0.7), PPOSettings(kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0)
 ROWS = 3
@@ -39,6 +40,16 @@ def run(vocab_size: int, dtype: torch.dtype, first_column: int, split: bool) -> 
     torch.cuda.synchronize()
 
 
+def decode(length: int, window: int | None, dtype: torch.dtype) -> None:
+    """One new token each at the first and the last place of memory that ends there."""
+    q, k = torch.randn(2, 4, 64, device="cuda").to(dtype), torch.randn(2, 2, 64, device="cuda").to(dtype)
+    keys, values = torch.randn(2, 2, 2, length, 64, device="cuda").to(dtype)
+    positions = torch.tensor([0, length - 1], device="cuda")
+    settings = DecodeSettings(scale=0.125, span=length, window=window)
+    gpu.decode_attention(q, k, k, keys, values, positions, settings)
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     """Run everything; 2 without a GPU."""
     if not torch.cuda.is_available():
@@ -48,7 +59,10 @@ def main() -> int:
         run(vocab_size, torch.float32, first_column, split=False)
     run(40000, torch.float32, 0, split=True)
     run(40001, torch.bfloat16, 0, split=True)
-    print("every form of the row kernel ran")
+    for length in (33, CHUNK + 7):
+        decode(length, None, torch.bfloat16)
+        decode(length, 20, torch.float32)
+    print("every form of the row kernel ran, and decode attention")
     return 0
 
 
