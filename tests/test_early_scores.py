@@ -163,7 +163,7 @@ def test_of_an_endpoint_the_batches_that_fail_early_are_left_out_and_not_asked_a
 
 @pytest.mark.parametrize("how", ["raises", "nan"])
 def test_a_reward_that_failed_early_is_asked_again_for_all(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastppo.reward_errors.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("fastppo.endpoints.FIRST_WAIT", 0.0)
     trainer, healthy = engine(tiny.policy("qwen2"), rollout={"samples_per_prompt": 2}), threading.Event()
     judge, asked = fails_for(1, how=how), []
 
