@@ -23,7 +23,8 @@ from fastppo.rollout.kv import kv_budget
 from fastppo.rollout.modes import eval_mode
 
 PAGE = 32  # tokens
-PAGES = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"  # as in 5.17
+KNOWN = ContinuousBatchingConfig.__dataclass_fields__  # not the same in transformers 5.17 and 5.23
+PAGES = "page_size" if "page_size" in KNOWN else "block_size"
 BATCH_TOKENS = 4096  # of one forward; its own default takes 8192 on any machine
 POLL_S = 1.0  # between looks at a thread that gives no result
 STOP_S = 60.0  # that it has to end its last step in
@@ -149,14 +150,15 @@ class GenerateBatchEngine:
             f"the keys and values of one sequence take {longest} pages of {PAGE} tokens, more than the {blocks} that "
             "fit: raise rollout.kv_gib, or lower max_new_tokens or the prompts' length",
         )
-        pages: dict[str, Any] = {PAGES: PAGE}
+        named: dict[str, Any] = {PAGES: PAGE}
+        if "auto_switch_to_flash" in KNOWN:
+            named["auto_switch_to_flash"] = self.policy.dtype.itemsize == 2  # flash-attn knows no float32
         return ContinuousBatchingConfig(
-            **pages,
+            **named,
             num_blocks=blocks,
             max_batch_tokens=max(BATCH_TOKENS, self.max_rows),
             max_requests_per_batch=self.max_rows,
             allow_block_sharing=False,
-            auto_switch_to_flash=self.policy.dtype.itemsize == 2,  # flash-attn knows no float32
             return_logprobs=True,
         )
 
