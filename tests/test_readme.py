@@ -1,7 +1,10 @@
-"""The README's code runs as printed."""
+"""The README's code runs as printed, and its measurements are those of the committed files."""
 
 import re
 from pathlib import Path
+from typing import Any
+
+from fastppo.bench import pages, records
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -25,3 +28,26 @@ def test_the_kernel_example_is_the_surrogate_at_ratio_one(capsys):
     exec(compile(code, str(README), "exec"), names)
     loss, clipped = map(float, capsys.readouterr().out.split())
     assert abs(loss + float(names["advantages"].mean())) < 1e-6 and clipped == 0
+
+
+def newest(file: str, op: str, **setting: Any) -> dict[str, dict[str, Any]]:
+    """The last record of every variant."""
+    found = pages.newest(records.read(README.parent / "bench" / "results" / file))
+    mine = (r for r in found if r["op"] == op and setting.items() <= r["setting"].items())
+    return {r["variant"].split()[0]: r for r in mine if "skipped" not in r}
+
+
+def test_its_measurements_are_the_committed_ones() -> None:
+    text = README.read_text()
+    speed, reward = (newest("cpu-end-to-end.jsonl", op) for op in ("ppo_iteration", "ppo_reward"))
+    ours, trl = speed["fastppo"], speed["TRL"]
+    assert f"| {ours['median_ms'] / 1e3:.2f} s; TRL 1.12.0's `PPOTrainer` {trl['median_ms'] / 1e3:.2f} s" in text
+    assert f"{trl['times_fastppo']:.2f} times as long" in text
+    assert f"| {ours['peak_extra_mb']:.0f} MB; TRL {trl['peak_extra_mb']:.0f} MB |" in text
+    ends = [f"{reward[name]['reward_last']:.3f} +- {reward[name]['reward_sd']:.3f}" for name in ("fastppo", "TRL")]
+    assert f"| {ends[0]}; TRL {ends[1]} |" in text
+    rows = newest("cpu-kernels.jsonl", "logits_ppo_loss", V=151936, dtype="float32", entropy=False)
+    assert (
+        f"| {rows['fastppo']['median_ms']:.0f} ms; `torch.compile` {rows['torch.compile']['times_fastppo']:.1f}" in text
+    )
+    assert f"eager PyTorch {rows['torch']['times_fastppo']:.1f} times as long" in text
