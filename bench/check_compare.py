@@ -1,6 +1,6 @@
 """Does --compare see a slow-down of 1.3x, and nothing in a rerun? On real measurements, several times.
 
-    python bench/check_compare.py [--times 10] [--ops linear_ppo_loss] [--seconds 1] [options of the op]
+    python bench/check_compare.py [--times 10] [--ops linear_ppo_loss] [--seconds 4] [options of the op]
 
 Each time two files are measured as they are, and one in which every call of fastppo's lasts 1.3 times as long: after it
 the process waits, busy, for 0.3 times what it took. Exit code 1 unless all of them were judged right.
@@ -54,10 +54,10 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--times", type=int, default=10)
     made.add_argument("--ops", nargs="+", choices=OPS, default=["linear_ppo_loss"])
-    made.add_argument("--seconds", default="1")
+    made.add_argument("--seconds", default="4")
     made.add_argument("--factor", type=float, default=1.3)
     options, others = made.parse_known_args()
-    argv, silent, caught = ["--seconds", options.seconds, "--dtypes", "float32", *others], 0, 0
+    argv, silent, caught = ["--seconds", options.seconds, "--repeats", "40", "--dtypes", "float32", *others], 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(options.times):
             files = (Path(folder) / f"{i}-{name}.jsonl" for name in ("old", "again", "slow"))
