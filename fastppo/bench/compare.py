@@ -117,7 +117,8 @@ def compare(old: Path, new: Path, max_ratio: float) -> int:
         ValueError: the files have nothing in common, or the ratio is no limit.
     """
     require(max_ratio >= 1, f"--max-ratio must be >= 1, got {max_ratio}")
-    before, after = times_of(records.read(old)), times_of(records.read(new))
+    lines = records.read(new)
+    before, after = times_of(records.read(old)), times_of(lines)
     common = [key for key in after if key in before and key[2].startswith(OURS)]
     require(
         len(common) > 0,
@@ -127,11 +128,11 @@ def compare(old: Path, new: Path, max_ratio: float) -> int:
     changes = [change(key, before[key], after[key]) for key in common]
     moved = sorted((c for c in changes if c.moved), key=lambda c: -c.ratio)
     worse = [c for c in moved if c.ratio > max_ratio]
-    lost = [key for key, why in _skipped(records.read(new)).items() if key in before]
+    lost = {key: why for key, why in _skipped(lines).items() if key in before}
     for c in moved:
         print(_line(c, c in worse))
-    for key in lost:
-        print(f"LOST  {_name(key)}: not timed any more, {_skipped(records.read(new))[key]}")
+    for key, why in lost.items():
+        print(f"LOST  {_name(key)}: not timed any more, {why}")
     missing = [key for key in before if key not in after and key not in lost and key[2].startswith(OURS)]
     print(
         f"{len(common)} measurements compared, {len(moved)} moved beyond noise (bands of the rounds apart, by more "

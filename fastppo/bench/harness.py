@@ -169,7 +169,7 @@ def check(variant: Variant, case: Case, leeway: float = 1.0) -> float:
         ValueError: it exceeds the case's tolerance times `leeway`, or is NaN.
     """
     error, allowed = _error(variant, case), case.tolerance * leeway
-    if not error <= allowed and (case.truth if variant.truth is None else variant.truth):
+    if not error <= allowed and _truth(variant, case):
         raise ValueError(f"not timed: error {error:.1e} of {case.op} {case.setting} exceeds {allowed:.0e}")
     return error
 
@@ -187,12 +187,17 @@ def _checked(variant: Variant, case: Case, *, must: bool) -> float | str:
 def _error(variant: Variant, case: Case) -> float:
     if variant.before:
         variant.before()
-    outputs, truth = variant.run(), case.truth if variant.truth is None else variant.truth
+    outputs, truth = variant.run(), _truth(variant, case)
     if not truth:
         return math.nan
     picked = (variant.pick or case.pick)(outputs)
     worst = [relative_error(picked[name], expected) for name, expected in truth.items()]
     return math.nan if any(map(math.isnan, worst)) else max(worst)
+
+
+def _truth(variant: Variant, case: Case) -> Outputs:
+    """What its outputs are compared with; empty: nothing."""
+    return case.truth if variant.truth is None else variant.truth
 
 
 @dataclass
