@@ -17,12 +17,13 @@ from torch import Tensor
 from fastppo_kernels.linear import (
     TILE_BYTES,
     accompanied,
-    add_product,
     product,
     product_into,
     product_over,
+    product_tiles,
     runs_onednn,
 )
+from fastppo_kernels.native.halves import HalvedSum
 from fastppo_kernels.reference import working_dtype
 
 # Bytes of a chunk's float32 logits, unless that is fewer than MIN_CHUNK_ROWS. CPU: what the C library keeps when it is
@@ -69,7 +70,8 @@ class ChunkedHead:
 
     On the CPU operands are converted to the working dtype, hidden states by the chunk and the weight by the tile; on a
     GPU bfloat16 and float16 operands are multiplied as they are and accumulated in float32. The weight's gradient is
-    accumulated in the working dtype. Both the products and the row kernels between them belong inside `exact_products`.
+    accumulated in the working dtype, and on the CPU rounded in place. Both the products and the row kernels between
+    them belong inside `exact_products`.
     """
 
     def __init__(
@@ -94,20 +96,15 @@ class ChunkedHead:
         self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
         self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
         vocab_size, num_rows = weight.shape[0], hidden.shape[0]
-        self.direct = (
-            self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
-        )  # for any R: equal bits
+        # for any R: equal bits
+        self.direct = self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
         rows = 0 if self.direct else self._padded(min(self.chunk_size, num_rows))
         stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]
         shape = self._padded(num_rows), hidden.shape[1]
         self.dhidden = hidden.new_empty(shape, dtype=self.operand_dtype) if wanted[0] else None
-        # (V, H); a small one laid out as (H, V), the way its products come
         self.by_columns = self.onednn and _is_kept(*weight.shape)
-        shape = weight.shape[::-1] if self.by_columns else weight.shape
-        make = torch.zeros if self.onednn or num_rows == 0 else torch.empty  # else the first chunk fills it
-        dweight = make(shape, dtype=self.dtype, device=weight.device) if wanted[1] else None
-        self.dweight = dweight.T if dweight is not None and self.by_columns else dweight
+        self.dweight = self._weight_sum(weight) if wanted[1] else None
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
     def chunks(self) -> Iterator[slice]:
@@ -154,7 +151,8 @@ class ChunkedHead:
         """
         self.buffer = self.weight = nothing = self.hidden.new_empty(0, dtype=self.operand_dtype)
         dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
-        made = zip((dhidden, self.dweight, self.dbias), inputs, strict=True)
+        dweight = self.dweight.rounded() if isinstance(self.dweight, HalvedSum) else self.dweight
+        made = zip((dhidden, dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
         return a, b, c
 
@@ -163,12 +161,25 @@ class ChunkedHead:
         made = product_over(rows, self.weight) if self.by_tiles else product(rows, self.weight.T)
         return made[: dlogits.shape[0]]
 
-    def _accumulate_weight(self, dweight: Tensor, rows: slice, dlogits: Tensor) -> None:
-        hidden = self._hidden(rows)
+    def _weight_sum(self, weight: Tensor) -> Tensor | HalvedSum:
+        """What (V, H) gradients of chunks are added to; a small one lies as (H, V), the way its products come."""
         if self.by_columns:
+            return torch.zeros(weight.shape[::-1], dtype=self.dtype, device=weight.device).T
+        if self.by_tiles and weight.dtype == torch.bfloat16:
+            return HalvedSum(*weight.shape)
+        make = torch.zeros if self.onednn or self.hidden.shape[0] == 0 else torch.empty  # else the first chunk fills it
+        return make(weight.shape, dtype=self.dtype, device=weight.device)
+
+    def _accumulate_weight(self, dweight: Tensor | HalvedSum, rows: slice, dlogits: Tensor) -> None:
+        hidden = self._hidden(rows)
+        if isinstance(dweight, HalvedSum):
+            for tile, made in product_tiles(dlogits, hidden):
+                dweight.add(tile, made)
+        elif self.by_columns:
             dweight.T.add_(product(hidden.T, dlogits.T))
         elif self.onednn:
-            add_product(dweight, dlogits, hidden)
+            for tile, made in product_tiles(dlogits, hidden):
+                dweight[tile] += made
         elif rows.start == 0:
             _multiply(dlogits.T, hidden, dweight)
         elif self.mixed:
@@ -218,7 +229,8 @@ def peak_bytes(
     logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)
     dhidden, dweight = operand * R * H * wanted[0], 4 * V * H * wanted[1]
     working = logits + (_product_bytes(chunk, V, H, small, converts, wanted) if cpu else 0)
-    converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or weight_dtype.itemsize != 4))
+    # on the CPU a bfloat16 gradient takes the place of its sum, unless that is small
+    converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or (weight_dtype.itemsize != 4 and not cpu)))
     returned = hidden_dtype.itemsize * R * H * (wanted[0] and hidden_dtype.itemsize != operand)
     return dhidden + dweight + max(copies + working, returned + converted)
 

@@ -85,12 +85,12 @@ def accompanied(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] != 1 else rows.expand(2, -1)
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a.T @ b, a tile of rows at a time; out (N, K), a (M, N), b (M, K)."""
+def product_tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """a.T @ b, a tile of its rows at a time, contiguous; a (M, N), b (M, K)."""
     b = b.T.contiguous()
     for tile in _tiles(a.shape[1], b.shape[0]):
         made = product(b, a[:, tile].contiguous().T)  # (K, tile); oneDNN is slow on rows with gaps between them
-        out[tile] += made.T.contiguous()  # to add a transposed view takes four times as long
+        yield tile, made.T.contiguous()  # to add a transposed view takes four times as long
 
 
 def _tiles(length: int, other: int) -> Iterator[slice]:
