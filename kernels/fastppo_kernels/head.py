@@ -4,7 +4,8 @@ Logits are made in float32 and overwritten by their gradient, in the dtype of th
 
 The library of a GPU picks its algorithm by the shape of a product, and with it the order of summation. So there every
 product of hidden states or of their gradient has as many rows, the last one padded: a row's bits do not depend on how
-many there are. (In the sum over rows that is the weight's gradient they all take part.)
+many there are. (In the sum over rows that is the weight's gradient they all take part.) On the CPU the last chunk is
+padded a little, to a size that recurs.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torch import Tensor
 from fastppo_kernels.linear import (
     TILE_BYTES,
     accompanied,
+    common_size,
+    common_step,
     product,
     product_into,
     product_over,
@@ -92,6 +95,8 @@ class ChunkedHead:
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
         self.onednn = runs_onednn(hidden, self.dtype) and not self.piece
+        if self.onednn:
+            self.chunk_size -= self.chunk_size % common_step(self.chunk_size)  # so the last chunk alone is padded
         self.mixed = self.operand_dtype != self.dtype
         self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
         self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
@@ -115,15 +120,17 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
-        num_rows = rows.stop - rows.start
-        logits = self.buffer[:num_rows]
+        num_rows, whole = rows.stop - rows.start, self._whole(rows)
         if self.direct:
-            return product(accompanied(self._hidden(rows)), self.weight, self.bias)[:num_rows]
+            self.buffer = self.buffer.new_empty(0)  # the logits before these go before these come
+            self.buffer = product(accompanied(self._hidden(whole)), self.weight, self.bias)
+            return self.buffer[:num_rows]
         if self.onednn:
-            product_into(logits, self._hidden(rows), self.weight, self.bias)
-            return logits
+            product_into(self.buffer[: whole.stop - whole.start], self._hidden(whole), self.weight, self.bias)
+            return self.buffer[:num_rows]
         for piece, place in self._pieces(rows):
             _multiply(self._hidden(piece), self.weight.T, self.buffer[place])
+        logits = self.buffer[:num_rows]
         return logits if self.bias is None else logits.add_(self.bias)
 
     def dlogits(self, logits: Tensor) -> Tensor:
@@ -134,6 +141,10 @@ class ChunkedHead:
         """Adds the gradients of a chunk."""
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
+        if self.onednn:
+            num_rows, rows = rows.stop - rows.start, self._whole(rows)
+            dlogits = self.buffer[: rows.stop - rows.start]
+            dlogits[num_rows:] = 0
         if self.dhidden is not None and self.onednn:
             self.dhidden[rows] = self._times_weight(dlogits)
         elif self.dhidden is not None:
@@ -202,7 +213,13 @@ class ChunkedHead:
 
     def _padded(self, num_rows: int) -> int:
         """So many rows and what the padding adds."""
+        if self.onednn:
+            return common_size(num_rows)
         return -(-num_rows // self.piece) * self.piece if self.piece else num_rows
+
+    def _whole(self, rows: slice) -> slice:
+        """A chunk with what pads it."""
+        return slice(rows.start, rows.start + self._padded(rows.stop - rows.start))
 
 
 def peak_bytes(
@@ -222,10 +239,13 @@ def peak_bytes(
     """
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
-    chunk = min(chunk_size or default_chunk_size(V, device), R)
+    chunk = chunk_size or default_chunk_size(V, device)
+    chunk = min(chunk - chunk % common_step(chunk) if cpu else chunk, R)
+    pads = cpu and common_size(chunk) != chunk
+    chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
     padded = chunk if cpu else -(-chunk // PIECE_ROWS) * PIECE_ROWS
     small, converts = cpu and _is_kept(V, H), weight_dtype.itemsize != operand
-    copies = operand * (chunk * H * (hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
+    copies = operand * (chunk * H * (pads or hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
     logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)
     dhidden, dweight = operand * R * H * wanted[0], 4 * V * H * wanted[1]
     working = logits + (_product_bytes(chunk, V, H, small, converts, wanted) if cpu else 0)

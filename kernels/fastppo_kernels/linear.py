@@ -52,8 +52,12 @@ def common_size(n: int) -> int:
 
     oneDNN makes a kernel for every shape that it meets, in 0.1 to 0.4 ms each, and keeps the last 1024.
     """
-    step = 1 << max(0, (n - 1).bit_length() - 5)
-    return -(-n // step) * step
+    return n + -n % common_step(n)
+
+
+def common_step(n: int) -> int:
+    """What lies between `common_size`s where n is."""
+    return 1 << max(0, n.bit_length() - 5)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
