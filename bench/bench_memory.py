@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import transformers
 from memory_ablation import steps
-from memory_cases import CASES, Case, config, peaks, planned
+from memory_cases import CASES, UNEVEN, Case, config, peaks, planned
 
 from fastppo.memory.plan import Plan, make_plan
 
 MIB = 1 << 20
+ALL = (*CASES, *UNEVEN)
 Rows = Iterator[dict[str, Any]]
 MARGIN = 0.07  # of the measured peak, by which a budget is above or below it
 JUDGED = (
@@ -77,13 +78,13 @@ def ablation_rows(cases: list[Case], device: str) -> Rows:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plan", "verdict", "ablation"))
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], metavar="CASE", help="their names")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in ALL], metavar="CASE", help="their names")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = options.only or (JUDGED if options.what == "verdict" else [case.name for case in CASES])
-    cases = [case for case in CASES if case.name in names]
+    names = options.only or (JUDGED if options.what == "verdict" else [case.name for case in ALL])
+    cases = [case for case in ALL if case.name in names]
     made = {"plan": plan_rows, "verdict": verdict_rows, "ablation": ablation_rows}
     rows = []
     for row in made[options.what](cases, options.device):

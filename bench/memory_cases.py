@@ -41,6 +41,8 @@ class Case:
     hidden_size: int = 128
     num_layers: int = 3
     offload: tuple[tuple[str, str], ...] = ()
+    lengths: tuple[int, ...] = (PROMPT_TOKENS,) * 8
+    """Tokens of the prompts of an iteration."""
 
 
 MOVED = tuple((key, "move") for key in ("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"))
@@ -61,6 +63,10 @@ CASES = (
     Case("full, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1),
     Case("lora, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1, share="lora"),
     Case("full, keys and values kept", keep_memory=True),
+)
+UNEVEN = (  # a plan takes every prompt to be as long as the longest: it may be above what is measured, never below
+    Case("lora, uneven", 512, max_tokens=500, num_minibatches=1, share="lora", num_layers=4, lengths=(239, *[84] * 15)),
+    Case("full, uneven, one micro-batch", max_tokens=1024, num_minibatches=1, lengths=(32, 31, 30, 32, 29, 32, 31, 30)),
 )
 
 
@@ -93,10 +99,10 @@ def config(case: Case, folder: Path) -> RunConfig:
         "memory": {"share": case.share},
         "policy_optimizer": {"kind": case.optimizer, "masters": case.masters},
         "critic_optimizer": {"kind": case.optimizer, "masters": case.masters},
-        "data": {"prompts": "none.jsonl", "max_prompt_tokens": PROMPT_TOKENS},
+        "data": {"prompts": "none.jsonl", "max_prompt_tokens": max(case.lengths)},
         "rewards": [{"kind": "model", "target": str(folder), "dtype": case.dtype}],
         "rollout": {
-            **{"num_prompts": 8, "max_new_tokens": 16, "temperature": 1.0},
+            **{"num_prompts": len(case.lengths), "max_new_tokens": 16, "temperature": 1.0},
             **{"keep_memory": case.keep_memory, "cuda_graphs": False},
         },
         "ppo": {"num_epochs": 1, "num_minibatches": case.num_minibatches, "max_tokens_per_microbatch": case.max_tokens},
@@ -150,7 +156,7 @@ def peaks(run: RunConfig, case: Case, device: str = "cpu") -> dict[str, int]:
 
 def measured(run: RunConfig, case: Case) -> dict[str, Use]:
     """By phase: what PyTorch's CPU allocator had handed out."""
-    prompts = prompts_of(run)
+    prompts = prompts_of(case)
     with MemoryProfile() as profile:
         with profile.phase("load"):
             engine, rewards = build(run, case)
@@ -174,7 +180,7 @@ def measured_on_gpu(run: RunConfig, case: Case) -> dict[str, int]:
     before = torch.cuda.memory_allocated()
     engine, rewards = _peak_of("load", found, lambda: build(run, case, "cuda"))
     for _ in range(2):
-        rollout = _peak_of("rollout", found, lambda: engine.generate(prompts_of(run)))
+        rollout = _peak_of("rollout", found, lambda: engine.generate(prompts_of(case)))
         scores = _peak_of("reward", found, lambda rollout=rollout: rewards(rollout))
         experience = _peak_of("score", found, lambda r=rollout, s=scores: engine.score(r, s))
         _peak_of("update", found, lambda experience=experience: engine.update(experience))
@@ -186,15 +192,15 @@ def reserved_on_gpu(run: RunConfig, case: Case, iterations: int) -> list[int]:
     engine, rewards = build(run, case, "cuda")
     held = []
     for _ in range(iterations):
-        rollout = engine.generate(prompts_of(run))
+        rollout = engine.generate(prompts_of(case))
         engine.update(engine.score(rollout, rewards(rollout)))
         held.append(torch.cuda.memory_reserved())
     return held
 
 
-def prompts_of(run: RunConfig) -> Prompts:
-    """As many as an iteration takes, of equal length."""
-    return Prompts(token_ids=tuple(tuple(range(i, i + PROMPT_TOKENS)) for i in range(run.rollout.num_prompts)))
+def prompts_of(case: Case) -> Prompts:
+    """As many as an iteration takes."""
+    return Prompts(token_ids=tuple(tuple(range(i, i + length)) for i, length in enumerate(case.lengths)))
 
 
 def _peak_of(name: str, peaks: dict[str, int], call: Callable[[], Any]) -> Any:

@@ -1,9 +1,12 @@
 """What holds in every test: no network, the same random numbers, and NaN in all memory nobody has written."""
 
+import importlib
 import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,3 +93,10 @@ def _poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         return fresh
 
     return allocate_nan
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench/memory_cases.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    return importlib.import_module("memory_cases")

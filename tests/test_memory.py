@@ -30,12 +30,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def cases(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("memory_cases")
-
-
-@pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module("memory_profile").MemoryProfile

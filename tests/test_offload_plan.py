@@ -1,6 +1,5 @@
 """A plan knows who is on the device when, and offers to send away what is not."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,9 @@ from fastppo.memory import report, start
 from fastppo.memory.plan import GIB, Plan
 from fastppo.memory.setting import setting_of
 from fastppo.memory.ways import changed, ways_to_fit
-from test_memory import BENCH, CPU, CUDA, plan_of, wide
+from test_memory import CPU, CUDA, plan_of, wide
 
 ALL = {key: "move" for key in ("reference", "critic", "critic_optimizer", "policy_optimizer")}
-
-
-@pytest.fixture
-def cases(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("memory_cases")
 
 
 def weights_in(plan: Plan) -> dict[str, set[str]]:

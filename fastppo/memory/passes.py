@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -95,22 +95,33 @@ def _without_gradient(function: Callable[Concatenate[Model, P], T]) -> Callable[
 
 @dataclass(frozen=True)
 class Load:
-    """Sequences of one forward, all of one length."""
+    """Sequences of one forward, all of one length but for a shorter one that fills it up."""
 
     sequences: int
     prompt: int
     response: int
+    tail: int = 0
+    """Tokens of the shorter one; 0: there is none."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.prompt + self.response] * self.sequences + [self.tail] * (self.tail > 0)
 
     @property
     def tokens(self) -> int:
-        return self.sequences * (self.prompt + self.response)
+        return sum(self.lengths)
 
-    def batch(self) -> MicroBatch:
-        """As `microbatch.gather` makes it; call it outside the dry run."""
-        length = self.prompt + self.response
-        ids, positions = torch.zeros(self.tokens, dtype=torch.int64), torch.arange(length).repeat(self.sequences)
-        rows = (positions >= self.prompt - 1).logical_and(positions < length - 1).nonzero().squeeze(1)
-        return MicroBatch(ids, positions, attention.plan([length] * self.sequences), rows, rows, rows, ids)
+    def batch(self, device: torch.device) -> MicroBatch:
+        """As `microbatch.gather` makes it for `device`; call it outside the dry run."""
+        packing = attention.plan(self.lengths, recurring=device.type == "cpu")
+        ids, positions = torch.zeros(self.tokens, dtype=torch.int64), _positions(self.lengths)
+        ends = torch.tensor(self.lengths).repeat_interleave(torch.tensor(self.lengths)) - 1
+        rows = ((positions >= ends - self.response) & (positions < ends)).nonzero().squeeze(1)
+        return MicroBatch(ids, positions, packing, rows, rows, rows, ids)
+
+
+def _positions(lengths: Sequence[int]) -> Tensor:
+    return torch.cat([torch.arange(n) for n in lengths])
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ def gradient(model: Model, load: Load, *, accumulates: bool) -> Parts:
 
     `accumulates`: it is not the first one of its minibatch, so that gradients are there before it.
     """
-    batch = load.batch()
+    batch = load.batch(model.device)
     with dry_run() as ledger:
         made = model.outline(ledger)
         _follow_gradients(made, model, ledger, there=accumulates)
@@ -175,11 +186,11 @@ def gradient(model: Model, load: Load, *, accumulates: bool) -> Parts:
 @_without_gradient
 def forward(model: Model, load: Load) -> Parts:
     """The peak of scoring a micro-batch: log-probs, values or rewards; weights included."""
-    batch = load.batch()
+    batch = load.batch(model.device)
     with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
         made = model.outline(ledger)
         if model.kind == "reward" and not models.is_decoder(made):
-            made(input_ids=batch.input_ids.view(load.sequences, -1))
+            made(input_ids=torch.zeros(len(load.lengths), max(load.lengths), dtype=torch.int64))
         else:
             hidden = models.hidden_states(made, batch)
             if model.kind == "policy":
@@ -208,15 +219,16 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
         prefill: prompt tokens of one forward, unless one prompt is longer.
     """
     positions = -(-(prompt + response) // span) * span
-    together = max(1, min(rows, prefill // prompt))
-    packing, cells = attention.plan([prompt] * together), torch.arange(prompt).repeat(together)
-    which = torch.arange(together).repeat_interleave(prompt)
+    together, tail = divmod(min(rows * prompt, max(prefill, prompt)), prompt)
+    lengths = [prompt] * together + [tail] * (tail > 0)
+    packing, cells = attention.plan(lengths), _positions(lengths)
+    which = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
         made = model.outline(ledger)
         kv = _kv(made, rows, positions, ledger)
-        ids = torch.zeros(together * prompt, dtype=torch.int64)
+        ids = torch.zeros(len(cells), dtype=torch.int64)
         hidden = _body(made, ids, cells, memory=Prefill(kv, which, cells), packing=packing)
-        _sample(made, hidden[torch.arange(together)], ledger)
+        _sample(made, hidden[torch.arange(len(lengths))], ledger)
         del hidden
         reading, ledger.peak, before = ledger.peak, Parts(), ledger.live.total()
         ids, at = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), positions - 1)
@@ -224,6 +236,13 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
         _sample(made, hidden, ledger)
     largest = max(reading, ledger.peak, key=lambda parts: parts.total())
     return Sampled(largest, ledger.peak.total() - before)
+
+
+@functools.cache
+def packs(model: Model) -> bool:
+    """Whether it reads samples packed; else they are padded, however many tokens that makes."""
+    with dry_run() as ledger:
+        return models.is_decoder(model.outline(ledger))
 
 
 @_without_gradient

@@ -34,8 +34,6 @@ class Work:
     """Of a micro-batch."""
     max_rows: int
     kv_bytes: int | None
-    samples: int = 1
-    """Of each prompt."""
     embedded: bool = True
     """Sampled in this process."""
     keeps_kv: bool = False
@@ -53,9 +51,13 @@ class Work:
         return self.prompt + self.response
 
     def micro(self, sequences: int) -> tuple[Load, bool]:
-        """The largest micro-batch of some sequences, and whether there are others."""
-        fit = max(1, min(sequences, self.max_tokens // self.longest))
-        return Load(fit, self.prompt, self.response), fit < sequences
+        """The largest micro-batch of some sequences, and whether there are others.
+
+        Where it is full, shorter sequences than the longest fill it to the last token.
+        """
+        tokens = min(sequences * self.longest, max(self.max_tokens, self.longest))
+        whole, tail = divmod(tokens, self.longest)
+        return Load(whole, self.prompt, self.response, tail), tokens < sequences * self.longest
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,9 @@ def _forward(model: Model, work: Work) -> Parts:
 
 
 def _reward(model: Model, batch_size: int, work: Work) -> Parts:
-    most = max(work.longest, REWARD_TOKENS)
-    return _forward(model, replace(work, sequences=min(work.sequences, batch_size), max_tokens=most))
+    sequences = min(work.sequences, batch_size)
+    most = REWARD_TOKENS if passes.packs(model) else sequences * work.longest
+    return _forward(model, replace(work, sequences=sequences, max_tokens=most))
 
 
 def _rollout(setting: Setting, lasting: int, budget: int | None) -> tuple[Parts, Parts]:
