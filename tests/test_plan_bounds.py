@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
-from fastppo.memory.passes import Load
+from fastppo import attention
+from fastppo.memory.passes import Load, Model, forward, gradient
 from fastppo.memory.plan import Work
-from test_memory import CPU
+from test_memory import CPU, CUDA
 
 WORK = Work(sequences=24, minibatch=24, prompt=239, response=16, max_tokens=500, max_rows=24, kv_bytes=None)
 
@@ -38,3 +40,31 @@ def test_a_full_micro_batch_has_as_many_tokens_as_it_may() -> None:
 def test_a_micro_batch_on_the_cpu_is_padded_as_it_will_be() -> None:
     load = Load(1, 239, 16, tail=244)  # 499 tokens
     assert load.batch(CPU).packing.padding == 496 + 16 - 499 and load.batch(torch.device("cuda")).packing.padding == 0
+
+
+def _critic(shape: type[PreTrainedConfig], dtype: str, device: torch.device, **others: Any) -> Model:
+    config = shape(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8, head_dim=16,
+        num_key_value_heads=2, **others,
+    )  # fmt: skip
+    return Model(config=config, kind="critic", dtype=dtype, device=device)
+
+
+def test_scores_are_planned_where_attention_has_a_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's FlashAttention has none, so each layer keeps float32 scores of every pair; the package has one."""
+    load = Load(2, 192, 64)
+    scores = 3 * 2 * 8 * 256**2 * 4  # layers, sequences, heads, pairs
+    sizes = []
+    for there in (False, True):
+        monkeypatch.setattr(attention, "HAS_FLASH_ATTN", there)
+        model = _critic(Gemma2Config, "bfloat16", CUDA, attn_logit_softcapping=50.0 + there)  # plans are remembered
+        sizes.append(gradient(model, load, accumulates=False).total())
+    assert sizes[0] > sizes[1] + scores
+
+
+def test_keys_and_values_of_all_heads_are_planned_where_a_gpu_has_no_flash_attention() -> None:
+    load = Load(2, 192, 64)
+    gpu, cpu = (_critic(LlamaConfig, "float32", device) for device in (CUDA, CPU))
+    more = gradient(gpu, load, accumulates=False).total() - gradient(cpu, load, accumulates=False).total()
+    assert more >= 3 * 2 * 512 * (8 - 2) * 16 * 4  # layers, keys and values, tokens, heads, D, float32
+    assert forward(gpu, load).total() < gradient(gpu, load, accumulates=False).total()

@@ -1,6 +1,6 @@
 """What a GPU does and this machine may not: FlashAttention and copies to the host, as dry runs of memory see them.
 
-The attention is registered as `fastppo_outline`.
+Attention is registered as `fastppo_outline`, FlashAttention, and `fastppo_ungrouped`, what runs on a GPU instead of it.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, PreTrainedModel
 
-from fastppo.attention import Memory, Packing
+from fastppo.attention import Memory, Packing, packed_attention
 
-OUTLINE = "fastppo_outline"
+OUTLINE, UNGROUPED = "fastppo_outline", "fastppo_ungrouped"
 
 
 @torch.library.custom_op("fastppo_outline::attention", mutates_args=())
@@ -65,7 +65,30 @@ def outline_attention(
     return _Flash.apply(q, k, v)[None], None  # pyright: ignore[reportOptionalSubscript]
 
 
+def ungrouped_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N, D)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    memory: Memory | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` by SDPA as on a GPU, where keys and values are repeated for all heads that share them."""
+    if memory is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = memory.attend(module.layer_idx, q, k, v, None, None, softcap)  # pyright: ignore
+        if out is not None:
+            return out[None], None
+    if softcap is None:  # else they are repeated anyway
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return packed_attention(module, query, key, value, attention_mask, *args, softcap=softcap, **others)
+
+
 AttentionInterface.register(OUTLINE, outline_attention)
+AttentionInterface.register(UNGROUPED, ungrouped_attention)
 
 
 def elsewhere(model: PreTrainedModel) -> None:

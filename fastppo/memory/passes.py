@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fastppo import attention, models
 from fastppo.config import LayersConfig, MemoryConfig, OptimizerConfig
 from fastppo.masters import make_weight
-from fastppo.memory.attention import OUTLINE, elsewhere
+from fastppo.memory.attention import OUTLINE, UNGROUPED, elsewhere
 from fastppo.memory.head import head_bytes, policy_loss, value_loss
 from fastppo.memory.ledger import Ledger, Parts, dry_run
 from fastppo.microbatch import MicroBatch
@@ -56,8 +56,11 @@ class Model:
             model = models.outline(self.config, self.kind, self.dtype, layers=kept_here, on_cpu=on_cpu)
             if self.adapted:
                 model = _adapted(model, self.memory)
-        if attention.backend(self.device, getattr(torch, self.dtype), None) != "sdpa":
+        softcap = getattr(self.config.get_text_config(), "attn_logit_softcapping", None)
+        if attention.backend(self.device, getattr(torch, self.dtype), softcap) != "sdpa":
             model.set_attn_implementation(OUTLINE)
+        elif self.device.type == "cuda":
+            model.set_attn_implementation(UNGROUPED)
         if self.layers.offload_activations:
             elsewhere(model)
         ledger.peak.clear()  # weights that are tied in the end are made apart
