@@ -11,7 +11,7 @@ from fastppo.config import RunConfig
 from fastppo.memory import report
 from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
-from fastppo.memory.ways import Way, least, ways_to_fit
+from fastppo.memory.ways import Way, can_fit, ways_to_fit
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
 MEMINFO = Path("/proc/meminfo")
@@ -35,12 +35,12 @@ def check_start(config: RunConfig, device: torch.device, prompt_tokens: int) -> 
     A run that only fits in smaller portions than its config says starts: where memory runs out they are halved.
 
     Raises:
-        ValueError: not even one sequence at a time fits.
+        ValueError: no portions fit.
     """
     world = distributed.world_size()
     setting = setting_of(config, device, prompt_tokens=prompt_tokens, world_size=world)
     made = make_plan(setting, memory_of(device))
-    if not made.fits and not make_plan(least(setting), made.budget).fits:
+    if not made.fits and not can_fit(setting, made.budget):
         raise InputError(refusal(made, ways_to_fit(config, made)))
     if device.type == "cuda":
         _check_host(made)

@@ -13,6 +13,7 @@ from fastppo.memory.setting import setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
+KEY_OF = {"max_tokens": "ppo.max_tokens_per_microbatch", "max_rows": "rollout.max_rows"}
 KEYS = tuple(f.name for f in fields(OffloadConfig))
 
 
@@ -57,9 +58,19 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     return found
 
 
+def can_fit(setting: Setting, budget: int | None) -> bool:
+    """Whether some portions do. One row and the micro-batches as written may where one sequence at a time does not: a
+    minibatch that is cut keeps its gradient beside the next backward pass."""
+    return any(make_plan(made, budget).fits for made in (setting, _portions(setting, max_rows=1), least(setting)))
+
+
 def least(setting: Setting) -> Setting:
     """The same in the smallest portions: one sequence in a micro-batch, one row in the sampler."""
-    return replace(setting, work=replace(setting.work, max_tokens=setting.work.longest, max_rows=1))
+    return _portions(setting, max_tokens=setting.work.longest, max_rows=1)
+
+
+def _portions(setting: Setting, **sizes: int) -> Setting:
+    return replace(setting, work=replace(setting.work, **sizes))
 
 
 def changed(config: RunConfig, keys: dict[str, object]) -> RunConfig:
@@ -175,7 +186,7 @@ def _tried(config: RunConfig, keys: dict[str, object], plan: Plan) -> tuple[dict
 
 def _same_changes(way: Way, keys: dict[str, object]) -> bool:
     """Whether a way found before does with some of these keys, beside its portions."""
-    own = {k: v for k, v in way.keys.items() if k not in ("ppo.max_tokens_per_microbatch", "rollout.max_rows")}
+    own = {k: v for k, v in way.keys.items() if k not in KEY_OF.values()}
     return own.items() <= keys.items()
 
 
@@ -185,24 +196,30 @@ def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | N
     setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
     setting = replace(setting, work=replace(setting.work, sequences=work.sequences, minibatch=work.minibatch))
     certain = on_device(setting).total() + CONTEXT[setting.device.type]
-    if certain > (budget or 0) or not make_plan(least(setting), budget).fits:
+    if certain > (budget or 0) or not can_fit(setting, budget):
         return None
     keys: dict[str, object] = {}
-    tokens, rows = setting.work.max_tokens, min(setting.work.max_rows, work.sequences)
+    setting = _portions(setting, max_rows=min(setting.work.max_rows, work.sequences))
     while not (made := make_plan(setting, budget)).fits:
-        if _phase(made, "rollout") > _budget(made) and rows > 1:
-            rows //= 2
-            keys["rollout.max_rows"] = rows
-        else:
-            tokens = max(_halved(tokens, setting), setting.work.longest)
-            keys["ppo.max_tokens_per_microbatch"] = tokens
-        setting = replace(setting, work=replace(setting.work, max_tokens=tokens, max_rows=rows))
+        smaller = _smaller(made)
+        if not smaller:
+            return None
+        setting = _portions(setting, **smaller)
+        keys |= {KEY_OF[name]: size for name, size in smaller.items()}
     return keys, made
 
 
-def _halved(tokens: int, setting: Setting) -> int:
-    """Half of what a micro-batch of all sequences holds, if that is less than `tokens`."""
-    return min(tokens, setting.work.sequences * setting.work.longest) // 2
+def _smaller(plan: Plan) -> dict[str, int]:
+    """Half the rows or half the tokens, whichever may help; nothing where neither can."""
+    work = plan.setting.work
+    rows = {"max_rows": work.max_rows // 2} if work.max_rows > 1 else {}
+    if rows and _phase(plan, "rollout") > _budget(plan):
+        return rows
+    half = min(work.max_tokens, work.sequences * work.longest) // 2
+    cut = make_plan(least(plan.setting), plan.budget).fits
+    if cut and work.max_tokens > work.longest:
+        return {"max_tokens": max(half, work.longest)}
+    return rows
 
 
 def _phase(plan: Plan, name: str) -> int:
