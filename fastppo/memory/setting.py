@@ -83,9 +83,11 @@ def _model(path: str, kind: Kind, config: RunConfig, device: torch.device, **oth
 def _critic(config: RunConfig, device: torch.device) -> Model | None:
     if config.ppo.advantage != "gae":
         return None
-    named = {"policy": config.policy.path, "reward": next((r.target for r in _reward_models(config)), "")}
-    path = named.get(config.critic.init, config.critic.init)
     learns = {"optimizer": config.critic_optimizer, "memory": config.memory, "layers": config.layers}
+    if config.critic.init == "reward":  # it stays in the dtype that model has
+        reward = _reward_models(config)[0]
+        return _model(reward.target, "critic", config, device, dtype=reward.dtype, **learns)
+    path = config.policy.path if config.critic.init == "policy" else config.critic.init
     return _model(path, "critic", config, device, **learns)
 
 
