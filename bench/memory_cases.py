@@ -106,6 +106,7 @@ def config(case: Case, folder: Path) -> RunConfig:
             **{"keep_memory": case.keep_memory, "cuda_graphs": False},
         },
         "ppo": {"num_epochs": 1, "num_minibatches": case.num_minibatches, "max_tokens_per_microbatch": case.max_tokens},
+        "train": {"async_save": False},  # nothing is saved here
         "device": "cpu",
         "offload": dict(case.offload),
     }

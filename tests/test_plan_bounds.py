@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForSequenceClassification, Gemma2Config, LlamaConfig, PreTrainedConfig
 
+import runs
 from fastppo import attention
 from fastppo.memory.passes import Load, Model, forward, gradient
 from fastppo.memory.plan import Work
-from test_memory import CPU, CUDA
+from test_memory import CPU, CUDA, plan_of, wide
 
 WORK = Work(sequences=24, minibatch=24, prompt=239, response=16, max_tokens=500, max_rows=24, kv_bytes=None)
 
@@ -68,3 +69,15 @@ def test_keys_and_values_of_all_heads_are_planned_where_a_gpu_has_no_flash_atten
     more = gradient(gpu, load, accumulates=False).total() - gradient(cpu, load, accumulates=False).total()
     assert more >= 3 * 2 * 512 * (8 - 2) * 16 * 4  # layers, keys and values, tokens, heads, D, float32
     assert forward(gpu, load).total() < gradient(gpu, load, accumulates=False).total()
+
+
+def test_a_critic_made_from_a_reward_model_has_its_dtype(tmp_path: Path) -> None:
+    classifier = runs.checkpoint(tmp_path / "reward", kind=AutoModelForSequenceClassification)
+    rewards = {dtype: [{"kind": "model", "target": classifier, "dtype": dtype}] for dtype in ("float32", "bfloat16")}
+    parts = {
+        dtype: plan_of(wide(tmp_path, rewards=rewards[dtype], critic={"init": "reward"})).phases[0].parts
+        for dtype in rewards
+    }
+    sizes = {dtype: parts[dtype]["critic weights"] for dtype in parts}
+    assert sizes["float32"] == pytest.approx(2 * sizes["bfloat16"], rel=0.01)  # but for the head
+    assert sizes["float32"] == pytest.approx(parts["float32"]["reward weights"], rel=0.01)

@@ -162,11 +162,16 @@ def sizes(model: Model) -> Sizes:
 
 
 def moment_bytes(numel: int, kind: str) -> int:
-    """Both moments of one weight: float32, or codes with a float32 scale for each block and a table of values."""
+    """Both moments of one weight."""
+    return sum(moment_tensors(numel, kind))
+
+
+def moment_tensors(numel: int, kind: str) -> list[int]:
+    """Bytes of each tensor of both: float32, or codes, a float32 scale for each block and a table of values."""
     block, bits = {"adamw-8bit": (256, 8), "adamw-4bit": (128, 4)}.get(kind, (0, 32))
     if not block or numel < SMALLEST_QUANTIZED or numel % block:
-        return 8 * numel
-    return 2 * (numel * bits // 8 + 4 * (numel // block) + 4 * 2**bits)
+        return 2 * [4 * numel]
+    return 2 * [numel * bits // 8, 4 * (numel // block), 4 * 2**bits]
 
 
 @functools.cache

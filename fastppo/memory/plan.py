@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastppo.config_offload import OffloadConfig
-from fastppo.memory import passes
+from fastppo.memory import host, passes
 from fastppo.memory.ledger import Parts
 from fastppo.memory.passes import GRADIENTS, KV, MASTERS, WEIGHTS, Load, Model
-from fastppo.memory.presence import in_host_memory, loading, moments, on_device, reward
+from fastppo.memory.presence import loading, moments, on_device, reward
 from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
 
 GIB = 1 << 30
@@ -72,6 +72,12 @@ class Setting:
     work: Work
     roll_back: bool = False
     offload: OffloadConfig = OffloadConfig()
+    copies_to_save: bool = False
+    """A checkpoint is written from a copy, while training goes on."""
+    host_memory: int | None = None
+    """Bytes of this machine, where the device is a GPU of it."""
+    ranks: int = 1
+    """Processes that share that."""
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +113,9 @@ class Plan:
     lasting: int = 0
     """Bytes that are there from loading on, whatever moves."""
     in_host_memory: int = 0
-    """Bytes of what moves, which waits there."""
+    """Bytes of what moves, which waits there, and of optimizers that are there."""
+    checkpoint_copy: int = 0
+    """Bytes in host memory, of the first rank."""
 
     @property
     def peak(self) -> Phase:
@@ -126,8 +134,17 @@ class Plan:
         return self.peak.total + self.overhead
 
     @property
+    def host_needed(self) -> int:
+        """Bytes that the machine must have beside the GPU's."""
+        return self.in_host_memory * self.setting.ranks + self.checkpoint_copy
+
+    @property
+    def fits_host(self) -> bool:
+        return self.setting.host_memory is None or self.host_needed <= self.setting.host_memory
+
+    @property
     def fits(self) -> bool:
-        return self.budget is None or self.needed <= self.budget
+        return self.fits_host and (self.budget is None or self.needed <= self.budget)
 
 
 def make_plan(setting: Setting, budget: int | None = None) -> Plan:
@@ -136,13 +153,15 @@ def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     sampler, kept = _rollout(setting, here().total(), budget)
     awake, between = _servers(setting.work, budget)
     made = [Phase("load", loading(setting) + awake), Phase("rollout", here() + sampler + awake)]
-    later = kept + between
+    saved = host.checkpoint_copy(setting) if setting.device.type == "cpu" else 0  # which is host memory
+    later = kept + between + Parts({"checkpoint copy": saved})
     if setting.rewards:
         rewards = [here(reward(i)) + _reward(*r, setting.work) for i, r in enumerate(setting.rewards)]
         made.append(Phase("reward", _largest(rewards) + later))
     made.append(Phase("score", _largest(list(_scoring(setting))) + _batch(setting) + later))
     made.append(Phase("update", _largest(list(_updating(setting))) + _batch(setting) + later))
-    return Plan(setting, tuple(made), budget, (here() - moments(here())).total(), in_host_memory(setting))
+    lasting, waits = (here() - moments(here())).total(), host.in_host_memory(setting)
+    return Plan(setting, tuple(made), budget, lasting, waits, host.checkpoint_copy(setting))
 
 
 def _scoring(setting: Setting) -> Iterator[Parts]:
@@ -225,9 +244,7 @@ def _batch(setting: Setting) -> Parts:
 
 
 def _snapshot(setting: Setting) -> Parts:
-    """Weights as they are kept, and moments of the policy, to roll back to."""
-    size = passes.sizes(setting.policy)
-    return Parts({"roll-back copy": ((size.masters or size.trained) + size.moments) * setting.roll_back})
+    return Parts({"roll-back copy": host.roll_back_copy(setting)[0]})
 
 
 def _beyond(run: Parts) -> Parts:

@@ -25,6 +25,12 @@ class Holding:
     whole: Parts
     at_work: Parts
     """On the device while it is used: less than the whole where layers are streamed."""
+    model: Model
+
+    @property
+    def optimizer(self) -> bool:
+        """Whether it is masters and moments, not weights."""
+        return self.name.endswith("_optimizer")
 
 
 def on_device(setting: "Setting", *used: str) -> Parts:
@@ -48,27 +54,22 @@ def moments(parts: Parts) -> Parts:
     return Parts({MOMENTS: parts[MOMENTS]})
 
 
-def in_host_memory(setting: "Setting") -> int:
-    """Bytes of all that moves: it has a place there whether or not it is on the device."""
-    return sum(x.whole.total() for x in holdings(setting) if x.way != "keep")
-
-
 def holdings(setting: "Setting") -> Iterator[Holding]:
     """Of every role its weights, and its masters with its moments."""
     named = [("policy", setting.policy), ("critic", setting.critic), ("reference", setting.reference)]
     named += [(reward(i), model) for i, (model, _) in enumerate(setting.rewards)]
     for name, model in [(name, model) for name, model in named if model is not None]:
-        way = getattr(setting.offload, name.partition(" ")[0], "keep")
         label, size = f"{name.partition(' ')[0]} weights", passes.sizes(model)
-        on_base = model.adapted and name != "policy"  # whose weights are counted there
+        on_base = model.adapted and name != "policy"  # whose weights are counted there, and stay
+        way = "keep" if on_base else getattr(setting.offload, name.partition(" ")[0], "keep")
         whole = size.trained if on_base else size.weights
         at_work = _streamed(model) if way == "stream" else whole
-        yield Holding(name, way, Parts({label: whole}), Parts({label: at_work}))
+        yield Holding(name, way, Parts({label: whole}), Parts({label: at_work}), model)
     for name, model in (("policy", setting.policy), ("critic", setting.critic)):
         if model is not None:
             size, key = passes.sizes(model), f"{name}_optimizer"
             kept = +Parts({MASTERS: size.masters, MOMENTS: size.moments})
-            yield Holding(key, getattr(setting.offload, key), kept, kept)
+            yield Holding(key, getattr(setting.offload, key), kept, kept, model)
 
 
 def reward(place: int) -> str:

@@ -37,6 +37,8 @@ def verdict(plan: Plan) -> str:
     most = ", ".join(f"{name} {gib(size)}" for name, size in plan.peak.parts.most_common(3))
     needs = f"memory: at most {gib(plan.needed)}, in the {plan.peak.name} phase ({most}; {BESIDE} {gib(plan.overhead)})"
     needs += f", and {gib(plan.in_host_memory)} wait in host memory" if plan.in_host_memory else ""
+    if not plan.fits_host:
+        return f"{needs}: does not fit, {gib(plan.host_needed)} with a copy for checkpoints are more than host memory"
     if plan.budget is None:
         return needs
     return f"{needs}: {'fits' if plan.fits else 'does not fit'} {gib(plan.budget)}"
@@ -51,6 +53,7 @@ def to_dict(plan: Plan, ways: list[Way]) -> dict[str, Any]:
         "needed": plan.needed,
         "beside_tensors": plan.overhead,
         "in_host_memory": plan.in_host_memory,
+        "checkpoint_copy": plan.checkpoint_copy,
         "peak_phase": plan.peak.name,
         "phases": {phase.name: {"total": phase.total, **phase.parts} for phase in plan.phases},
         "microbatch_sequences": work.micro(work.minibatch)[0].sequences,

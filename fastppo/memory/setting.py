@@ -36,6 +36,7 @@ def setting_of(
         work=_work(config, prompt_tokens, world_size),
         roll_back=config.ppo.roll_back,
         offload=config.offload,
+        copies_to_save=config.train.async_save and (config.train.save_every > 0 or config.train.keep_best),
     )
 
 

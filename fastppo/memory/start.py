@@ -1,6 +1,7 @@
 """The plan against the machine: `fastppo plan`, and at every start of a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
 from fastppo.memory.ways import Way, can_fit, ways_to_fit
 
+CPU = torch.device("cpu")
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
 MEMINFO = Path("/proc/meminfo")
 
@@ -25,7 +27,10 @@ def plan_run(config: RunConfig, gpu: str | None) -> tuple[Plan, list[Way]]:
     else:
         device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         budget = memory_of(device)
-    made = make_plan(setting_of(config, device), budget)
+    setting = setting_of(config, device)
+    if gpu is None and device.type == "cuda":
+        setting = replace(setting, host_memory=memory_of(CPU))
+    made = make_plan(setting, budget)
     return made, [] if made.fits else ways_to_fit(config, made)
 
 
@@ -39,11 +44,12 @@ def check_start(config: RunConfig, device: torch.device, prompt_tokens: int) -> 
     """
     world = distributed.world_size()
     setting = setting_of(config, device, prompt_tokens=prompt_tokens, world_size=world)
+    if device.type == "cuda":
+        setting = replace(setting, host_memory=memory_of(CPU), ranks=distributed.local_world_size())
     made = make_plan(setting, memory_of(device))
+    _check_host(made)
     if not made.fits and not can_fit(setting, made.budget):
         raise InputError(refusal(made, ways_to_fit(config, made)))
-    if device.type == "cuda":
-        _check_host(made)
     if distributed.rank() == 0:
         print(report.verdict(made) + _remark(made), flush=True)
     return made
@@ -74,13 +80,18 @@ def memory_of(device: torch.device) -> int | None:
 def _check_host(plan: Plan) -> None:
     """
     Raises:
-        ValueError: what is to wait in host memory is more than that.
+        ValueError: what is to be in host memory is more than that.
     """
-    there, sent = memory_of(torch.device("cpu")), plan.in_host_memory * distributed.local_world_size()
+    setting = plan.setting
+    sent = [f"offload.{key} = 'keep'" for key in setting.offload.chosen]
+    roles = [("policy", setting.policy), ("critic", setting.critic)]
+    there = [name for name, model in roles if model and model.optimizer.kind == "adamw-cpu-offload"]
+    ways = [*sent, *(f"{name}_optimizer.kind = 'adamw'" for name in there)]
+    ways += ["train.async_save = false"] * setting.copies_to_save
     require(
-        there is None or sent <= there,
-        f"[offload] sends {report.gib(sent)} to host memory, which has {report.gib(there or 0)}: set some of "
-        f"{', '.join(plan.setting.offload.chosen)} to 'keep'",
+        plan.fits_host,
+        f"this run holds {report.gib(plan.host_needed)} in host memory, {report.gib(plan.checkpoint_copy)} of it to "
+        f"write checkpoints from, and there is {report.gib(setting.host_memory or 0)}: set some of {', '.join(ways)}",
     )
 
 

@@ -42,8 +42,10 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     """
     found: list[Way] = []
     device = plan.setting.device.type
-    offloads = list(_offloads(config)) if device == "cuda" else []
-    for changes in _combinations(offloads + list(_changes(config, device))):
+    known = [*(_offloads(config) if device == "cuda" else ()), *_changes(config, device)]
+    if plan.setting.copies_to_save and (device == "cpu" or plan.setting.host_memory is not None):
+        known.append(Change({"train.async_save": False}, "training waits while a checkpoint is written", 1))
+    for changes in _combinations(known):
         keys = {key: value for change in changes for key, value in change.keys.items()}
         if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
@@ -194,7 +196,8 @@ def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | N
     """The largest portions that fit, as keys where they are smaller than written, and the plan; None if none do."""
     work, budget = plan.setting.work, plan.budget
     setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
-    setting = replace(setting, work=replace(setting.work, sequences=work.sequences, minibatch=work.minibatch))
+    setting = replace(setting, host_memory=plan.setting.host_memory, ranks=plan.setting.ranks)
+    setting = _portions(setting, sequences=work.sequences, minibatch=work.minibatch)
     certain = on_device(setting).total() + CONTEXT[setting.device.type]
     if certain > (budget or 0) or not can_fit(setting, budget):
         return None
