@@ -282,6 +282,7 @@ def _load(
             timeout_s=config.timeout_s,
             retries=config.retries,
         )
+    offload = "keep" if models.is_saved_adapter(config.target) else offload  # its base is the policy's
     model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code, base=base)
     model = models.to_device(model, device) if offload == "keep" else model
     tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)

@@ -8,11 +8,19 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import runs
+import tiny
+from fastppo import RewardModel, models
+from fastppo.checks import InputError
+from fastppo.config import MemoryConfig
+from fastppo.config_inputs import RewardConfig
 from fastppo.config_offload import OffloadConfig
 from fastppo.memory import report
 from fastppo.memory.plan import GIB, Plan
+from fastppo.memory.presence import holdings
 from fastppo.memory.setting import setting_of
-from fastppo.memory.ways import changed, ways_to_fit
+from fastppo.memory.ways import _offloads, changed, ways_to_fit
+from fastppo.offload.mover import Kept, Mover
+from fastppo.rewards import load_rewards
 from test_memory import CPU, CUDA, plan_of, wide
 
 ALL = {key: "move" for key in ("reference", "critic", "critic_optimizer", "policy_optimizer")}
@@ -93,3 +101,37 @@ def test_a_cpu_is_not_offered_what_it_cannot_do(
 def test_every_key_of_the_group_is_offered_or_needs_none() -> None:
     """A key that is added must be thought of where ways out are listed."""
     assert {*ALL, "reward"} == {key for key in OffloadConfig.__dataclass_fields__}
+
+
+def test_a_reward_that_is_an_adapter_stays_and_a_model_beside_it_moves(tmp_path: Path) -> None:
+    """The adapter is on the policy's base; alone it has nothing to send away, and no way to fit says so."""
+    pytest.importorskip("peft")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    full = runs.checkpoint(tmp_path / "reward", kind=AutoModelForSequenceClassification)
+    rewards = [{"kind": "model", "target": str(tmp_path / "adapter"), "name": "adapter"}]
+    tables: dict[str, Any] = {"memory": {"share": "lora"}, "rewards": rewards}
+    with pytest.raises(InputError, match="offload.reward = 'move' needs a reward model with weights of its own"):
+        plan_of(wide(tmp_path, **tables, offload={"reward": "move"}))
+    keys = [key for change in _offloads(wide(tmp_path, **tables)) for key in change.keys]
+    assert "offload.reward" not in keys and "offload.policy_optimizer" in keys
+    rewards += [{"kind": "model", "target": full, "dtype": "float32"}]
+    plan = plan_of(wide(tmp_path, **tables, offload={"reward": "move"}))
+    sizes = [sum(x.whole.values()) for x in holdings(plan.setting) if x.name.startswith("reward")]
+    assert 0 < plan.in_host_memory < 2.5 * sizes[1]  # pinned
+    assert plan.phases[1].parts["reward weights"] == sizes[0]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_rewards_load_as_they_are_planned(adapter: bool, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    policy = models.adapt(tiny.policy(), MemoryConfig(share="lora", lora_rank=4))
+    model = models.reward_model_from(models.bare(policy))
+    if adapter:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    config = RewardConfig(kind="model", target=str(tmp_path), dtype="float32")
+    (reward,) = load_rewards([config], None, CPU, base=policy, offload="move").rewards
+    assert isinstance(reward, RewardModel) and isinstance(reward.weights_at, Kept if adapter else Mover)

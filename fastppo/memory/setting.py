@@ -25,8 +25,13 @@ def setting_of(
         prompt_tokens: of the longest prompt; None: data.max_prompt_tokens.
 
     Raises:
-        ValueError: the config of a model cannot be read.
+        ValueError: the config of a model cannot be read, or `offload.reward` is about adapters alone.
     """
+    require(
+        config.offload.reward == "keep" or has_full_reward(config),
+        f"offload.reward = {config.offload.reward!r} needs a reward model with weights of its own, and this run's are "
+        "adapters on the policy's base: set it to 'keep'",
+    )
     learns = {"optimizer": config.policy_optimizer, "memory": config.memory, "layers": config.layers}
     return Setting(
         policy=_model(config.policy.path, "policy", config, device, **learns),
@@ -38,6 +43,11 @@ def setting_of(
         offload=config.offload,
         copies_to_save=config.train.async_save and (config.train.save_every > 0 or config.train.keep_best),
     )
+
+
+def has_full_reward(config: RunConfig) -> bool:
+    """Whether a reward model has weights of its own; adapters on the policy's base have none to send away."""
+    return any(not models.is_saved_adapter(r.target) for r in _reward_models(config))
 
 
 def parse_size(text: str) -> int:

@@ -9,7 +9,7 @@ from fastppo.config import RunConfig
 from fastppo.config_offload import OffloadConfig
 from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan
 from fastppo.memory.presence import on_device
-from fastppo.memory.setting import setting_of
+from fastppo.memory.setting import has_full_reward, setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
@@ -139,7 +139,7 @@ def _offloads(config: RunConfig) -> Iterator[Change]:
     shares, kept = config.memory.share == "lora", {key for key in KEYS if getattr(config.offload, key) == "keep"}
     critic = config.ppo.advantage == "gae"
     frozen = {"reference"} if config.ppo.kl_coef > 0 and (not shares or config.policy.reference is not None) else set()
-    frozen |= {"reward"} if any(r.kind == "model" for r in config.rewards) else set()
+    frozen |= {"reward"} if has_full_reward(config) else set()
     trained = {"critic"} if critic and not shares else set()
     roles = ["policy_optimizer", *(["critic_optimizer"] if critic else [])]
     trained |= {role for role in roles if getattr(config, role).kind != "adamw-cpu-offload"}
