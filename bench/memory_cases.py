@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ class Case:
     offload: tuple[tuple[str, str], ...] = ()
     lengths: tuple[int, ...] = (PROMPT_TOKENS,) * 8
     """Tokens of the prompts of an iteration."""
+    evaluated: int = 0
+    """Held-out prompts."""
+    roll_back: bool = False
 
 
 MOVED = tuple((key, "move") for key in ("reference", "reward", "critic", "critic_optimizer", "policy_optimizer"))
@@ -63,6 +66,8 @@ CASES = (
     Case("full, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1),
     Case("lora, selective", checkpointing="selective", max_tokens=1024, num_minibatches=1, share="lora"),
     Case("full, keys and values kept", keep_memory=True),
+    Case("full, evaluation of 64 prompts", evaluated=64),
+    Case("full, four minibatches, roll-back", num_minibatches=4, roll_back=True),
 )
 UNEVEN = (  # a plan takes every prompt to be as long as the longest: it may be above what is measured, never below
     Case("lora, uneven", 512, max_tokens=500, num_minibatches=1, share="lora", num_layers=4, lengths=(239, *[84] * 15)),
@@ -93,20 +98,27 @@ def shape(case: Case) -> Qwen2Config:
 def config(case: Case, folder: Path) -> RunConfig:
     """The run; the policy's config.json is written into `folder`."""
     shape(case).save_pretrained(folder)
+    evaluates = {"eval_prompts": "none.jsonl"} if case.evaluated else {}
+    drift = {"target_kl": 1e9, "roll_back": True} if case.roll_back else {}
     tables: dict[str, Any] = {
         "policy": {"path": str(folder), "dtype": case.dtype},
         "layers": {"checkpointing": case.checkpointing, "checkpoint_every": case.every},
         "memory": {"share": case.share},
         "policy_optimizer": {"kind": case.optimizer, "masters": case.masters},
         "critic_optimizer": {"kind": case.optimizer, "masters": case.masters},
-        "data": {"prompts": "none.jsonl", "max_prompt_tokens": max(case.lengths)},
+        "data": {"prompts": "none.jsonl", "max_prompt_tokens": max(case.lengths), **evaluates},
         "rewards": [{"kind": "model", "target": str(folder), "dtype": case.dtype}],
         "rollout": {
             **{"num_prompts": len(case.lengths), "max_new_tokens": 16, "temperature": 1.0},
             **{"keep_memory": case.keep_memory, "cuda_graphs": False},
         },
-        "ppo": {"num_epochs": 1, "num_minibatches": case.num_minibatches, "max_tokens_per_microbatch": case.max_tokens},
-        "train": {"async_save": False},  # nothing is saved here
+        "ppo": {
+            "num_epochs": 1,
+            "num_minibatches": case.num_minibatches,
+            "max_tokens_per_microbatch": case.max_tokens,
+            **drift,
+        },
+        "train": {"async_save": False, "eval_prompts_max": max(1, case.evaluated)},  # nothing is saved here
         "device": "cpu",
         "offload": dict(case.offload),
     }
@@ -170,6 +182,12 @@ def measured(run: RunConfig, case: Case) -> dict[str, Use]:
                 experience = engine.score(rollout, scores)
             with profile.phase("update"):
                 engine.update(experience)
+        if case.evaluated:
+            del rollout, experience
+            with profile.phase("rollout"):
+                rollout = engine.generate(held_out(case), replace(engine.sampling, seed=1))
+            with profile.phase("reward"):
+                rewards(rollout)
     return profile.phases
 
 
@@ -185,6 +203,9 @@ def measured_on_gpu(run: RunConfig, case: Case) -> dict[str, int]:
         scores = _peak_of("reward", found, lambda rollout=rollout: rewards(rollout))
         experience = _peak_of("score", found, lambda r=rollout, s=scores: engine.score(r, s))
         _peak_of("update", found, lambda experience=experience: engine.update(experience))
+    if case.evaluated:
+        rollout = _peak_of("rollout", found, lambda: engine.generate(held_out(case), replace(engine.sampling, seed=1)))
+        _peak_of("reward", found, lambda: rewards(rollout))
     return {name: peak - before for name, peak in found.items()}
 
 
@@ -202,6 +223,11 @@ def reserved_on_gpu(run: RunConfig, case: Case, iterations: int) -> list[int]:
 def prompts_of(case: Case) -> Prompts:
     """As many as an iteration takes."""
     return Prompts(token_ids=tuple(tuple(range(i, i + length)) for i, length in enumerate(case.lengths)))
+
+
+def held_out(case: Case) -> Prompts:
+    """Of an evaluation."""
+    return Prompts(token_ids=tuple(tuple(range(i, i + max(case.lengths))) for i in range(case.evaluated)))
 
 
 def _peak_of(name: str, peaks: dict[str, int], call: Callable[[], Any]) -> Any:

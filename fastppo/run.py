@@ -91,7 +91,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     )
     evals = config.data.eval_prompts
     held_out = None if evals is None else load_prompts(evals, config.data, tokenizer)
-    plan = memory.check_start(config, device, max(len(ids) for ids in source.prompts.token_ids))
+    plan = memory.check_start(config, device, _longest(source.prompts)[1], _longest(held_out))
     policy = models.to_device(models.load_policy(config.policy, config.layers), device)
     size = models.lm_head(policy).weight.shape[0]
     require(
@@ -233,20 +233,28 @@ def _device(name: str) -> torch.device:
 
 def _check_lengths(prompts: Prompts, held_out: Prompts | None, policy: PreTrainedModel, config: RunConfig) -> None:
     """A prompt that is too long must not end a run at the step that happens to draw it."""
-    longest = max(len(ids) for ids in prompts.token_ids) + config.rollout.max_new_tokens
+    longest = _longest(prompts)[1] + config.rollout.max_new_tokens
     budget = config.ppo.max_tokens_per_microbatch
     require(
         longest <= budget,
         f"the longest prompt and rollout.max_new_tokens make {longest} tokens, more than "
         f"ppo.max_tokens_per_microbatch = {budget}: raise it to at least that",
     )
-    evaluated = max((len(ids) for ids in held_out.token_ids), default=0) if held_out is not None else 0
-    longest, context = max(longest, evaluated + config.rollout.max_new_tokens), models.context_length(policy)
+    longest, context = (
+        max(longest, _longest(held_out)[1] + config.rollout.max_new_tokens),
+        models.context_length(policy),
+    )
     require(
         longest <= context,
         f"the longest prompt and rollout.max_new_tokens make {longest} tokens, more than the model's "
         f"context of {context}: set data.max_prompt_tokens and data.skip_long, or lower max_new_tokens",
     )
+
+
+def _longest(prompts: Prompts | None) -> tuple[int, int]:
+    """How many, and tokens of the longest."""
+    lengths = [len(ids) for ids in prompts.token_ids] if prompts is not None else []
+    return len(lengths), max(lengths, default=0)
 
 
 def _critic(

@@ -1,5 +1,7 @@
 """A plan is an upper bound where lengths differ: what a micro-batch, a prefill or a reward model may be filled with."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from transformers import AutoModelForSequenceClassification, Gemma2Config, Llama
 import runs
 from fastppo import attention
 from fastppo.memory.passes import Load, Model, forward, gradient
-from fastppo.memory.plan import Work
+from fastppo.memory.plan import Work, make_plan
+from fastppo.memory.setting import setting_of
+from fastppo.trainer import train
 from test_memory import CPU, CUDA, plan_of, wide
 
 WORK = Work(sequences=24, minibatch=24, prompt=239, response=16, max_tokens=500, max_rows=24, kv_bytes=None)
@@ -81,3 +85,32 @@ def test_a_critic_made_from_a_reward_model_has_its_dtype(tmp_path: Path) -> None
     sizes = {dtype: parts[dtype]["critic weights"] for dtype in parts}
     assert sizes["float32"] == pytest.approx(2 * sizes["bfloat16"], rel=0.01)  # but for the head
     assert sizes["float32"] == pytest.approx(parts["float32"]["reward weights"], rel=0.01)
+
+
+def test_an_evaluation_of_more_and_longer_prompts_than_an_iterations_is_planned(tmp_path: Path) -> None:
+    """In the rollout and in the reward, which it goes through, and nowhere else."""
+    classifier = runs.checkpoint(tmp_path / "reward", kind=AutoModelForSequenceClassification)
+    run = wide(
+        tmp_path,
+        rewards=[{"kind": "model", "target": classifier, "batch_size": 256}],
+        data={"prompts": "none.jsonl", "max_prompt_tokens": 512, "eval_prompts": "none.jsonl"},
+        rollout={"num_prompts": 8, "kv_gib": 100.0},
+    )
+    settings = [setting_of(run, CUDA, evaluation=x) for x in ((0, 0), (8, 512), (256, 512), (8, 1024))]
+    none, same, more, longer = ({p.name: p.total for p in make_plan(x).phases} for x in settings)
+    assert none == same
+    for larger in (more, longer):
+        assert [name for name in none if larger[name] > none[name]] == ["rollout", "reward"]
+    assert make_plan(setting_of(run, CUDA)).phases == make_plan(settings[2]).phases  # of prompts that nobody has read
+    assert settings[2].work.eval_sequences == 256 == setting_of(run, CUDA, evaluation=(999, 512)).work.eval_sequences
+
+
+def test_a_start_plans_the_evaluation_it_will_make(tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(json.dumps({"prompt": f"{i}+{i}="}) for i in range(40)) + "\n", encoding="utf-8")
+    made = [runs.config(tmp_path, data={"eval_prompts": x}, train={"total_steps": 1}) for x in (None, str(held_out))]
+    needed = []
+    for place, config in enumerate(made):
+        folder = train(replace(config, out=str(tmp_path / f"run{place}")))
+        needed.append(json.loads((folder / "plan.json").read_text())["phases"]["rollout"]["total"])
+    assert needed[1] > needed[0]

@@ -34,6 +34,10 @@ class Work:
     """Of a micro-batch."""
     max_rows: int
     kv_bytes: int | None
+    eval_sequences: int = 0
+    """Of an evaluation, a response each."""
+    eval_prompt: int = 0
+    """Tokens of its longest prompt."""
     embedded: bool = True
     """Sampled in this process."""
     keeps_kv: bool = False
@@ -49,6 +53,12 @@ class Work:
     def longest(self) -> int:
         """Tokens of a sequence."""
         return self.prompt + self.response
+
+    @property
+    def sampled(self) -> "Work":
+        """With the sequences of an evaluation, where those are more or longer: what samples and what scores meets."""
+        sequences, prompt = max(self.sequences, self.eval_sequences), max(self.prompt, self.eval_prompt)
+        return replace(self, sequences=sequences, prompt=prompt)
 
     def micro(self, sequences: int) -> tuple[Load, bool]:
         """The largest micro-batch of some sequences, and whether there are others.
@@ -156,7 +166,7 @@ def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     saved = host.checkpoint_copy(setting) if setting.device.type == "cpu" else 0  # which is host memory
     later = kept + between + Parts({"checkpoint copy": saved})
     if setting.rewards:
-        rewards = [here(reward(i)) + _reward(*r, setting.work) for i, r in enumerate(setting.rewards)]
+        rewards = [here(reward(i)) + _reward(*r, setting.work.sampled) for i, r in enumerate(setting.rewards)]
         made.append(Phase("reward", _largest(rewards) + later))
     made.append(Phase("score", _largest(list(_scoring(setting))) + _batch(setting) + later))
     made.append(Phase("update", _largest(list(_updating(setting))) + _batch(setting) + later))
@@ -206,10 +216,10 @@ def _reward(model: Model, batch_size: int, work: Work) -> Parts:
 
 def _rollout(setting: Setting, lasting: int, budget: int | None) -> tuple[Parts, Parts]:
     """While it runs, and what of it lives on until the next one."""
-    work = setting.work
+    work = setting.work.sampled
     if not work.embedded:
         return Parts(), Parts()
-    rows = min(work.max_rows, work.sequences, _rows_that_fit(setting, lasting, budget))
+    rows = min(work.max_rows, work.sequences, _rows_that_fit(setting, work, lasting, budget))
     run = passes.sampling(setting.policy, rows, work.prompt, work.response, span=SPAN, prefill=PREFILL_TOKENS)
     requests = Parts({"requests": work.sequences * work.response * (4 + 8 + 4)})  # uniforms, tokens, log-probs
     # Steps of all numbers of rows are recorded into one pool, which is taken to be as large as the largest needs:
@@ -224,9 +234,9 @@ def _servers(work: Work, budget: int | None) -> tuple[Parts, Parts]:
     return Parts({SERVERS: awake}), Parts({SERVERS: min(awake, ASLEEP) if work.servers_sleep else awake})
 
 
-def _rows_that_fit(setting: Setting, lasting: int, budget: int | None) -> int:
+def _rows_that_fit(setting: Setting, work: Work, lasting: int, budget: int | None) -> int:
     """As the embedded engine does: what `kv_gib` says, on a GPU half of what is free, on a CPU all."""
-    work, space = setting.work, setting.work.kv_bytes
+    space = work.kv_bytes
     if space is None and setting.device.type == "cuda" and budget is not None:
         space = max(0, budget - CONTEXT["cuda"] - lasting) // 2
     if space is None:

@@ -17,12 +17,18 @@ UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
 def setting_of(
-    config: RunConfig, device: torch.device, *, prompt_tokens: int | None = None, world_size: int = 1
+    config: RunConfig,
+    device: torch.device,
+    *,
+    prompt_tokens: int | None = None,
+    world_size: int = 1,
+    evaluation: tuple[int, int] | None = None,
 ) -> Setting:
     """What is planned for one rank.
 
     Args:
         prompt_tokens: of the longest prompt; None: data.max_prompt_tokens.
+        evaluation: held-out prompts, tokens of the longest; None: train.eval_prompts_max and data.max_prompt_tokens.
 
     Raises:
         ValueError: the config of a model cannot be read, or `offload.reward` is about adapters alone.
@@ -38,7 +44,7 @@ def setting_of(
         critic=_critic(config, device),
         reference=_reference(config, device),
         rewards=tuple((_reward(r, config, device), r.batch_size) for r in _reward_models(config)),
-        work=_work(config, prompt_tokens, world_size),
+        work=_work(config, prompt_tokens, world_size, evaluation),
         roll_back=config.ppo.roll_back,
         offload=config.offload,
         copies_to_save=config.train.async_save and (config.train.save_every > 0 or config.train.keep_best),
@@ -62,7 +68,9 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _work(config: RunConfig, prompt_tokens: int | None, world_size: int) -> Work:
+def _work(config: RunConfig, prompt_tokens: int | None, world_size: int, evaluation: tuple[int, int] | None) -> Work:
+    evaluates = config.data.eval_prompts is not None
+    few, longest = evaluation or (config.train.eval_prompts_max * evaluates, config.data.max_prompt_tokens * evaluates)
     rollout, sequences = config.rollout, config.rollout.num_prompts * config.rollout.samples_per_prompt // world_size
     work = Work(
         sequences=sequences,
@@ -72,6 +80,8 @@ def _work(config: RunConfig, prompt_tokens: int | None, world_size: int) -> Work
         max_tokens=config.ppo.max_tokens_per_microbatch,
         max_rows=rollout.max_rows,
         kv_bytes=None if rollout.kv_gib is None else int(rollout.kv_gib * 2**30),
+        eval_sequences=min(few, config.train.eval_prompts_max),
+        eval_prompt=longest,
         embedded=rollout.engine != "vllm",
         keeps_kv=rollout.keep_memory and rollout.engine == "embedded",
         graphs=rollout.cuda_graphs and rollout.engine == "embedded",

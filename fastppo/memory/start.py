@@ -34,8 +34,10 @@ def plan_run(config: RunConfig, gpu: str | None) -> tuple[Plan, list[Way]]:
     return made, [] if made.fits else ways_to_fit(config, made)
 
 
-def check_start(config: RunConfig, device: torch.device, prompt_tokens: int) -> Plan:
-    """Say what the run will take, and refuse what cannot run.
+def check_start(
+    config: RunConfig, device: torch.device, prompt_tokens: int, evaluation: tuple[int, int] = (0, 0)
+) -> Plan:
+    """Say what the run will take, and refuse what cannot run. `evaluation`: as for `setting_of`.
 
     A run that only fits in smaller portions than its config says starts: where memory runs out they are halved.
 
@@ -43,7 +45,7 @@ def check_start(config: RunConfig, device: torch.device, prompt_tokens: int) -> 
         ValueError: no portions fit.
     """
     world = distributed.world_size()
-    setting = setting_of(config, device, prompt_tokens=prompt_tokens, world_size=world)
+    setting = setting_of(config, device, prompt_tokens=prompt_tokens, world_size=world, evaluation=evaluation)
     if device.type == "cuda":
         setting = replace(setting, host_memory=memory_of(CPU), ranks=distributed.local_world_size())
     made = make_plan(setting, memory_of(device))

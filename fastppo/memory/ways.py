@@ -195,14 +195,15 @@ def _same_changes(way: Way, keys: dict[str, object]) -> bool:
 def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | None:
     """The largest portions that fit, as keys where they are smaller than written, and the plan; None if none do."""
     work, budget = plan.setting.work, plan.budget
-    setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
+    evaluation = work.eval_sequences, work.eval_prompt
+    setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt, evaluation=evaluation)
     setting = replace(setting, host_memory=plan.setting.host_memory, ranks=plan.setting.ranks)
     setting = _portions(setting, sequences=work.sequences, minibatch=work.minibatch)
     certain = on_device(setting).total() + CONTEXT[setting.device.type]
     if certain > (budget or 0) or not can_fit(setting, budget):
         return None
     keys: dict[str, object] = {}
-    setting = _portions(setting, max_rows=min(setting.work.max_rows, work.sequences))
+    setting = _portions(setting, max_rows=min(setting.work.max_rows, work.sampled.sequences))
     while not (made := make_plan(setting, budget)).fits:
         smaller = _smaller(made)
         if not smaller:
