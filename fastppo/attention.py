@@ -26,7 +26,8 @@ PACKED = "fastppo_packed"
 UNTRACED = "fastppo_untraced"  # the same, in compiled layers
 Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
 # Scores of padding, of all heads, that take as long as another call. CPU: 60 us at 25 ns for 4 heads of 32, one core.
-CALL_SCORES = {"cpu": 4096, "cuda": 1 << 20}
+CALL_SCORES = {"cpu": 4096}
+CALL_SCORES_ELSEWHERE = 1 << 20
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -75,7 +76,7 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurrin
     if padding:
         sizes = torch.cat([sizes, sizes.new_tensor([padding])])
     order = sizes.argsort(descending=True)
-    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES[device.type]))
+    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(device.type, CALL_SCORES_ELSEWHERE)))
     width = torch.cat([torch.full((b,), T) for b, T in buckets])
     row = torch.arange(len(order)).repeat_interleave(width)
     column, member = torch.arange(len(row)) - (width.cumsum(0) - width)[row], order[row]
