@@ -201,8 +201,8 @@ def _bucketed(
     if packing.spread is not None and packing.restore is not None:
         q, k, v = (_Spread.apply(x, packing.spread, packing.restore) for x in (q, k, v))
     sizes = [b * T for b, T in packing.buckets]
-    pieces = zip(packing.buckets, *(x.split(sizes) for x in (q, k, v)), strict=True)
-    made = [_rows_attention(shape, *qkv, scaling, window, softcap) for shape, *qkv in pieces]
+    pieces = zip(packing.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    made = [_rows_attention(shape, q, k, v, scaling, window, softcap) for shape, q, k, v in pieces]
     out = made[0] if len(made) == 1 else torch.cat(made)
     return out if packing.restore is None else _Restore.apply(out, packing.restore)
 
@@ -254,8 +254,8 @@ class _Restore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        out = grads[0].new_zeros(ctx.places, *grads[0].shape[1:])
-        return out.index_copy_(0, *ctx.saved_tensors, grads[0]), None
+        (restore,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.places, *grads[0].shape[1:]).index_copy_(0, restore, grads[0]), None
 
 
 def _causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:
