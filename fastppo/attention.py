@@ -26,7 +26,8 @@ PACKED = "fastppo_packed"
 UNTRACED = "fastppo_untraced"  # the same, in compiled layers
 Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
 # Scores of padding, of all heads, that take as long as another call. CPU: 60 us at 25 ns for 4 heads of 32, one core.
-CALL_SCORES = {"cpu": 4096, "cuda": 1 << 20}
+CALL_SCORES = {"cpu": 4096}
+CALL_SCORES_ELSEWHERE = 1 << 20
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -64,18 +65,18 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurrin
     """Plan packed attention for sequences of the given lengths, each >= 1.
 
     Args:
-        recurring: pad to a number of tokens that other micro-batches have too, where the CPU's kernels are made for it.
+        recurring: on a CPU, whose kernels are made for a number of tokens, pad to one that others have too.
     """
-    sizes, device = torch.tensor(lengths), torch.device(device)
-    equal, cu_seqlens = bool((sizes == sizes[0]).all()), cumulative(sizes)
-    padding = common_size(int(cu_seqlens[-1])) - int(cu_seqlens[-1]) if recurring and not equal else 0
-    longest = int(sizes.max())
-    if equal:
+    sizes, device, cu_seqlens = torch.tensor(lengths), torch.device(device), cumulative(lengths)
+    equal, longest = bool((sizes == sizes[0]).all()), int(sizes.max())
+    padding = 0
+    if recurring and device.type == "cpu" and not (equal and len(sizes) > 1):  # several of one length recur
+        padding = common_size(int(sizes.sum())) - int(sizes.sum())
+        sizes = torch.cat([sizes, sizes.new_full((int(padding > 0),), padding)])
+    if equal and not padding:
         return Packing(cu_seqlens.to(device), longest, 0, ((len(sizes), longest),), None, None)
-    if padding:
-        sizes = torch.cat([sizes, sizes.new_tensor([padding])])
     order = sizes.argsort(descending=True)
-    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES[device.type]))
+    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(device.type, CALL_SCORES_ELSEWHERE)))
     width = torch.cat([torch.full((b,), T) for b, T in buckets])
     row = torch.arange(len(order)).repeat_interleave(width)
     column, member = torch.arange(len(row)) - (width.cumsum(0) - width)[row], order[row]
@@ -200,8 +201,8 @@ def _bucketed(
     if packing.spread is not None and packing.restore is not None:
         q, k, v = (_Spread.apply(x, packing.spread, packing.restore) for x in (q, k, v))
     sizes = [b * T for b, T in packing.buckets]
-    pieces = zip(packing.buckets, *(x.split(sizes) for x in (q, k, v)), strict=True)
-    made = [_rows_attention(shape, *qkv, scaling, window, softcap) for shape, *qkv in pieces]
+    pieces = zip(packing.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    made = [_rows_attention(shape, q, k, v, scaling, window, softcap) for shape, q, k, v in pieces]
     out = made[0] if len(made) == 1 else torch.cat(made)
     return out if packing.restore is None else _Restore.apply(out, packing.restore)
 
@@ -253,8 +254,8 @@ class _Restore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        out = grads[0].new_zeros(ctx.places, *grads[0].shape[1:])
-        return out.index_copy_(0, *ctx.saved_tensors, grads[0]), None
+        (restore,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.places, *grads[0].shape[1:]).index_copy_(0, restore, grads[0]), None
 
 
 def _causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:
