@@ -312,6 +312,10 @@ class RunConfig:
             f"memory.share = 'lora' makes the critic an adapter on the policy's base, so critic.init must be 'policy', "
             f"got {self.critic.init!r}",
         )
+        require(
+            self.memory.share == "lora" or self.memory == MemoryConfig(),
+            "memory.lora_rank, lora_alpha, lora_targets are of adapters: set memory.share = 'lora', or leave them out",
+        )
         rounds = "stochastic" in (self.policy_optimizer.masters, self.critic_optimizer.masters)
         require(
             not rounds or (self.policy.dtype == "bfloat16" and self.memory.share == "none"),
