@@ -23,7 +23,6 @@ from fastppo.engine import PPOEngine
 from fastppo.kept_rollout import Kept
 from fastppo.memory import start as memory
 from fastppo.metrics import Metrics, require_loggers, rewind
-from fastppo.offload.roles import require_gpu
 from fastppo.rewards import WeightedRewards, load_rewards
 from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
@@ -78,9 +77,8 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     _require_extras(config)
     device = _device(config.device)
     _check_backend(device)
-    models.require_a_gpu(config.layers, device)
     models.require_fused(config.layers, device)
-    require_gpu(config.offload, device)
+    memory.check_device(config, device)
     tokenizer = models.load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code)
     source = PromptSource(
         load_prompts(config.data.prompts, config.data, tokenizer),

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from fastppo import distributed
+from fastppo import distributed, models
 from fastppo.checks import InputError, require
 from fastppo.config import RunConfig
 from fastppo.memory import report
-from fastppo.memory.plan import Plan, make_plan
+from fastppo.memory.plan import CONTEXT, Plan, make_plan
 from fastppo.memory.setting import parse_size, setting_of
 from fastppo.memory.ways import Way, can_fit, ways_to_fit
+from fastppo.offload.roles import require_gpu
 
 CPU = torch.device("cpu")
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -21,17 +22,37 @@ MEMINFO = Path("/proc/meminfo")
 
 def plan_run(config: RunConfig, gpu: str | None) -> tuple[Plan, list[Way]]:
     """The plan of a run as written, on a GPU of the size that is named or on this machine; where it does not fit, the
-    ways to."""
+    ways to.
+
+    Raises:
+        ValueError: the config cannot be run there, whatever the memory.
+    """
     if gpu is not None:
         device, budget = torch.device("cuda"), parse_size(gpu)
     else:
         device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         budget = memory_of(device)
+    check_device(config, device)
     setting = setting_of(config, device)
     if gpu is None and device.type == "cuda":
         setting = replace(setting, host_memory=memory_of(CPU))
     made = make_plan(setting, budget)
     return made, [] if made.fits else ways_to_fit(config, made)
+
+
+def check_device(config: RunConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: something is to leave a GPU, and the device is none.
+    """
+    models.require_a_gpu(config.layers, device)
+    require_gpu(config.offload, device)
+    for role in ("policy_optimizer", "critic_optimizer"):
+        require(
+            getattr(config, role).kind != "adamw-cpu-offload" or device.type == "cuda",
+            f"{role}.kind = 'adamw-cpu-offload' keeps in host memory what a GPU does not hold, and this run is on "
+            f"{device.type!r}, whose memory that is: use 'adamw'",
+        )
 
 
 def check_start(
@@ -110,7 +131,11 @@ def _meminfo(name: str) -> int | None:
 def _remark(plan: Plan) -> str:
     if not plan.fits:
         return ", so micro-batches or rows will be halved when it runs out; `fastppo plan` says which settings fit"
-    free = _meminfo("MemAvailable") if plan.setting.device.type == "cpu" else None
-    if free is not None and plan.needed > free:
+    device, needed = plan.setting.device, plan.needed
+    if device.type == "cuda":  # where the context is there already
+        free, needed = torch.cuda.mem_get_info(device)[0], needed - CONTEXT["cuda"]
+    else:
+        free = _meminfo("MemAvailable")
+    if free is not None and needed > free:
         return f", but only {report.gib(free)} are free now"
     return ""
