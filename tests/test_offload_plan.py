@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import runs
 import tiny
@@ -66,11 +66,24 @@ def test_a_role_that_moves_is_counted_where_it_is_used_alone(tmp_path: Path) -> 
     assert "wait in host memory" in report.verdict(moved) and "wait in" not in report.verdict(kept)
 
 
-def test_a_streamed_model_takes_less_than_one_that_moves(tmp_path: Path) -> None:
-    """Its embeddings and head, and two layers; of two layers in all that is as much."""
-    plans = {way: plan_of(wide(tmp_path, offload={"reference": way})) for way in ("move", "stream")}
-    assert plans["stream"].in_host_memory == plans["move"].in_host_memory
-    assert plans["stream"].phases[-1].parts == plans["move"].phases[-1].parts
+def test_a_streamed_model_takes_two_layers_where_one_that_moves_takes_all(tmp_path: Path) -> None:
+    """Beside embeddings and head, and in the phase that uses it alone; one that stays is everywhere."""
+    plans = {}
+    for way in ("keep", "move", "stream"):
+        run = wide(tmp_path, policy={"path": str(tmp_path / "deep")}, offload={"reference": way})
+        shape = LlamaConfig.from_pretrained(tmp_path)
+        shape.num_hidden_layers, shape.vocab_size = 9, 1000
+        shape.save_pretrained(tmp_path / "deep")
+        plans[way] = {phase.name: phase for phase in plan_of(run).phases}
+    layer = 2 * (3 * 16384 * 98304 + 2 * 16384**2 + 2 * 16384 * 1024 + 2 * 16384)
+    rest = 2 * (2 * 1000 * 16384 + 16384)
+    sizes = {way: phases["score"].parts["reference weights"] for way, phases in plans.items()}
+    assert sizes["keep"] == sizes["move"] == pytest.approx(rest + 9 * layer, rel=1e-6)
+    assert sizes["stream"] == pytest.approx(rest + 2 * layer, rel=1e-6)
+    totals = [plans[way]["score"].total for way in ("stream", "move", "keep")]
+    assert totals[0] < totals[1] <= totals[2]
+    assert plans["stream"]["update"] == plans["move"]["update"]
+    assert plans["keep"]["update"].total - plans["move"]["update"].total == sizes["keep"]
 
 
 @pytest.mark.parametrize("sent", [["reference"], ["critic_optimizer", "policy_optimizer"], [*ALL]])
