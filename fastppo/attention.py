@@ -68,12 +68,11 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurrin
         recurring: on a CPU, whose kernels are made for a number of tokens, pad to one that others have too.
     """
     sizes, device, cu_seqlens = torch.tensor(lengths), torch.device(device), cumulative(lengths)
-    equal, longest = bool((sizes == sizes[0]).all()), int(sizes.max())
-    padding = 0
-    if recurring and device.type == "cpu" and not (equal and len(sizes) > 1):  # several of one length recur
-        padding = common_size(int(sizes.sum())) - int(sizes.sum())
-        sizes = torch.cat([sizes, sizes.new_full((int(padding > 0),), padding)])
-    if equal and not padding:
+    total, longest, recurring = int(sizes.sum()), int(sizes.max()), recurring and device.type == "cpu"
+    padding = common_size(total) - total if recurring else 0
+    if padding:
+        sizes = torch.cat([sizes, sizes.new_tensor([padding])])
+    elif (sizes == longest).all():
         return Packing(cu_seqlens.to(device), longest, 0, ((len(sizes), longest),), None, None)
     order = sizes.argsort(descending=True)
     buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(device.type, CALL_SCORES_ELSEWHERE)))
