@@ -213,6 +213,25 @@ def load_rewards(
     return WeightedRewards(rewards, weights=weights, tokenizer=policy_tokenizer, early=early, on_errors=on_errors)
 
 
+def endpoint_of(config: RewardConfig) -> FunctionReward | HTTPReward | None:
+    """The reward of kind "function" or "http", without calling it; None for a reward model.
+
+    Raises:
+        ValueError: the function cannot be imported or is none, or a variable in the URL is not set.
+    """
+    if config.kind == "model":
+        return None
+    if config.kind == "function":
+        return FunctionReward(config.target, name=config.log_name, timeout_s=config.timeout_s)
+    return HTTPReward(
+        config.target,
+        name=config.log_name,
+        batch_size=config.batch_size,
+        timeout_s=config.timeout_s,
+        retries=config.retries,
+    )
+
+
 def to_samples(rollout: Rollout, tokenizer: PreTrainedTokenizerBase | None) -> list[Sample]:
     """Decode a rollout for reward functions and logs. Decoded text is never encoded again to be trained on."""
     pairs = rollout.sequences()
@@ -271,21 +290,14 @@ def _load(
     base: PreTrainedModel | None,
     offload: FrozenWay,
 ) -> Reward:
-    name = config.log_name
-    if config.kind == "function":
-        return FunctionReward(config.target, name=name, timeout_s=config.timeout_s)
-    if config.kind == "http":
-        return HTTPReward(
-            config.target,
-            name=name,
-            batch_size=config.batch_size,
-            timeout_s=config.timeout_s,
-            retries=config.retries,
-        )
+    if (endpoint := endpoint_of(config)) is not None:
+        return endpoint
     model = models.load_reward_model(config.target, config.dtype, trust_remote_code=config.trust_remote_code, base=base)
     model = models.to_device(model, device) if offload == "keep" else model
     tokenizer = _own_tokenizer(config.target, config.trust_remote_code, policy_tokenizer, model)
-    made = RewardModel(model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=name)
+    made = RewardModel(
+        model, tokenizer=tokenizer, label=config.label, batch_size=config.batch_size, name=config.log_name
+    )
     made.weights_at = of_frozen(model, offload, device, beside=base)
     if data is not None:
         made.messages_of = lambda record: to_messages(record[data.field], data)
