@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,10 +24,9 @@ class LMHead:
 
 def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """Packed forward of the body, without any head: (n, H)."""
-    out = model.base_model(
-        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, packing=batch.packing
-    )
-    return out.last_hidden_state[0]
+    ids, positions = (F.pad(x, (0, batch.packing.padding))[None] for x in (batch.input_ids, batch.position_ids))
+    out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, packing=batch.packing)
+    return out.last_hidden_state[0, : len(batch.input_ids)]
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:

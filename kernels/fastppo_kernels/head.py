@@ -4,7 +4,8 @@ Logits are made in float32 and overwritten by their gradient, in the dtype of th
 
 The library of a GPU picks its algorithm by the shape of a product, and with it the order of summation. So there every
 product of hidden states or of their gradient has as many rows, the last one padded: a row's bits do not depend on how
-many there are. (In the sum over rows that is the weight's gradient they all take part.)
+many there are. (In the sum over rows that is the weight's gradient they all take part.) On the CPU the last chunk is
+padded a little, to a size that recurs.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from fastppo_kernels.linear import (
     TILE_BYTES,
-    accompanied,
-    add_product,
+    common_size,
+    common_step,
     product,
     product_into,
     product_over,
+    product_tiles,
     runs_onednn,
 )
+from fastppo_kernels.native.halves import HalvedSum
 from fastppo_kernels.reference import working_dtype
 
 # Bytes of a chunk's float32 logits, unless that is fewer than MIN_CHUNK_ROWS. CPU: what the C library keeps when it is
@@ -69,7 +72,8 @@ class ChunkedHead:
 
     On the CPU operands are converted to the working dtype, hidden states by the chunk and the weight by the tile; on a
     GPU bfloat16 and float16 operands are multiplied as they are and accumulated in float32. The weight's gradient is
-    accumulated in the working dtype. Both the products and the row kernels between them belong inside `exact_products`.
+    accumulated in the working dtype, and on the CPU rounded in place. Both the products and the row kernels between
+    them belong inside `exact_products`.
     """
 
     def __init__(
@@ -90,24 +94,22 @@ class ChunkedHead:
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
         self.onednn = runs_onednn(hidden, self.dtype) and not self.piece
+        if self.onednn:
+            step = common_step(self.chunk_size)
+            self.chunk_size = max(step, self.chunk_size - self.chunk_size % step)  # so the last chunk alone is padded
         self.mixed = self.operand_dtype != self.dtype
         self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
         self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
         vocab_size, num_rows = weight.shape[0], hidden.shape[0]
-        self.direct = (
-            self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
-        )  # for any R: equal bits
+        # for any R: equal bits
+        self.direct = self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
         rows = 0 if self.direct else self._padded(min(self.chunk_size, num_rows))
         stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]
         shape = self._padded(num_rows), hidden.shape[1]
         self.dhidden = hidden.new_empty(shape, dtype=self.operand_dtype) if wanted[0] else None
-        # (V, H); a small one laid out as (H, V), the way its products come
         self.by_columns = self.onednn and _is_kept(*weight.shape)
-        shape = weight.shape[::-1] if self.by_columns else weight.shape
-        make = torch.zeros if self.onednn or num_rows == 0 else torch.empty  # else the first chunk fills it
-        dweight = make(shape, dtype=self.dtype, device=weight.device) if wanted[1] else None
-        self.dweight = dweight.T if dweight is not None and self.by_columns else dweight
+        self.dweight = self._weight_sum(weight) if wanted[1] else None
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
     def chunks(self) -> Iterator[slice]:
@@ -118,15 +120,17 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
-        num_rows = rows.stop - rows.start
-        logits = self.buffer[:num_rows]
+        num_rows, whole = rows.stop - rows.start, self._whole(rows)
         if self.direct:
-            return product(accompanied(self._hidden(rows)), self.weight, self.bias)[:num_rows]
+            self.buffer = self.buffer.new_empty(0)  # the logits before these go before these come
+            self.buffer = product(self._hidden(whole), self.weight, self.bias)
+            return self.buffer[:num_rows]
         if self.onednn:
-            product_into(logits, self._hidden(rows), self.weight, self.bias)
-            return logits
+            product_into(self.buffer[: whole.stop - whole.start], self._hidden(whole), self.weight, self.bias)
+            return self.buffer[:num_rows]
         for piece, place in self._pieces(rows):
             _multiply(self._hidden(piece), self.weight.T, self.buffer[place])
+        logits = self.buffer[:num_rows]
         return logits if self.bias is None else logits.add_(self.bias)
 
     def dlogits(self, logits: Tensor) -> Tensor:
@@ -137,6 +141,10 @@ class ChunkedHead:
         """Adds the gradients of a chunk."""
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
+        if self.onednn:
+            num_rows, rows = rows.stop - rows.start, self._whole(rows)
+            dlogits = self.buffer[: rows.stop - rows.start]
+            dlogits[num_rows:] = 0
         if self.dhidden is not None and self.onednn:
             self.dhidden[rows] = self._times_weight(dlogits)
         elif self.dhidden is not None:
@@ -154,21 +162,33 @@ class ChunkedHead:
         """
         self.buffer = self.weight = nothing = self.hidden.new_empty(0, dtype=self.operand_dtype)
         dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
-        made = zip((dhidden, self.dweight, self.dbias), inputs, strict=True)
+        dweight = self.dweight.rounded() if isinstance(self.dweight, HalvedSum) else self.dweight
+        made = zip((dhidden, dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
         return a, b, c
 
     def _times_weight(self, dlogits: Tensor) -> Tensor:
-        rows = accompanied(dlogits)
-        made = product_over(rows, self.weight) if self.by_tiles else product(rows, self.weight.T)
-        return made[: dlogits.shape[0]]
+        return product_over(dlogits, self.weight) if self.by_tiles else product(dlogits, self.weight.T)
 
-    def _accumulate_weight(self, dweight: Tensor, rows: slice, dlogits: Tensor) -> None:
-        hidden = self._hidden(rows)
+    def _weight_sum(self, weight: Tensor) -> Tensor | HalvedSum:
+        """What (V, H) gradients of chunks are added to; a small one lies as (H, V), the way its products come."""
         if self.by_columns:
+            return torch.zeros(weight.shape[::-1], dtype=self.dtype, device=weight.device).T
+        if self.by_tiles and weight.dtype == torch.bfloat16:
+            return HalvedSum(*weight.shape)
+        make = torch.zeros if self.onednn or self.hidden.shape[0] == 0 else torch.empty  # else the first chunk fills it
+        return make(weight.shape, dtype=self.dtype, device=weight.device)
+
+    def _accumulate_weight(self, dweight: Tensor | HalvedSum, rows: slice, dlogits: Tensor) -> None:
+        hidden = self._hidden(rows)
+        if isinstance(dweight, HalvedSum):
+            for tile, made in product_tiles(dlogits, hidden):
+                dweight.add(tile, made)
+        elif self.by_columns:
             dweight.T.add_(product(hidden.T, dlogits.T))
         elif self.onednn:
-            add_product(dweight, dlogits, hidden)
+            for tile, made in product_tiles(dlogits, hidden):
+                dweight[tile] += made
         elif rows.start == 0:
             _multiply(dlogits.T, hidden, dweight)
         elif self.mixed:
@@ -191,7 +211,13 @@ class ChunkedHead:
 
     def _padded(self, num_rows: int) -> int:
         """So many rows and what the padding adds."""
+        if self.onednn:
+            return common_size(num_rows)
         return -(-num_rows // self.piece) * self.piece if self.piece else num_rows
+
+    def _whole(self, rows: slice) -> slice:
+        """A chunk with what pads it."""
+        return slice(rows.start, rows.start + self._padded(rows.stop - rows.start))
 
 
 def peak_bytes(
@@ -211,14 +237,18 @@ def peak_bytes(
     """
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
-    chunk = min(chunk_size or default_chunk_size(V, device), R)
+    chunk = chunk_size or default_chunk_size(V, device)
+    chunk = min(max(8, chunk - chunk % common_step(chunk)) if cpu else chunk, R)
+    pads = cpu and common_size(chunk) != chunk
+    chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
     padded = chunk if cpu else -(-chunk // PIECE_ROWS) * PIECE_ROWS
     small, converts = cpu and _is_kept(V, H), weight_dtype.itemsize != operand
-    copies = operand * (chunk * H * (hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
+    copies = operand * (chunk * H * (pads or hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
     logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)
     dhidden, dweight = operand * R * H * wanted[0], 4 * V * H * wanted[1]
     working = logits + (_product_bytes(chunk, V, H, small, converts, wanted) if cpu else 0)
-    converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or weight_dtype.itemsize != 4))
+    # on the CPU a bfloat16 gradient takes the place of its sum, unless that is small
+    converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or (weight_dtype.itemsize != 4 and not cpu)))
     returned = hidden_dtype.itemsize * R * H * (wanted[0] and hidden_dtype.itemsize != operand)
     return dhidden + dweight + max(copies + working, returned + converted)
 

@@ -47,6 +47,19 @@ def runs_onednn(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def common_size(n: int) -> int:
+    """n or a little more: the next multiple of 8 that has five significant bits.
+
+    oneDNN makes a kernel for every shape that it meets, in 0.1 to 0.4 ms each, and keeps the last 1024.
+    """
+    return n + -n % common_step(n)
+
+
+def common_step(n: int) -> int:
+    """What lies between `common_size`s where n is."""
+    return max(8, 1 << max(0, n.bit_length() - 5))
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T (+ bias) by oneDNN; float32 matrices on the CPU, transposed views allowed."""
     if torch.compiler.is_compiling():
@@ -68,8 +81,7 @@ def _(a, b, bias):
 def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
     """out = a @ b.T (+ bias), a tile of columns at a time; out (M, N), a (M, K), b (N, K) of any dtype, bias (N,)."""
     for tile in _tiles(b.shape[0], a.shape[0]):
-        made = product(accompanied(a), b[tile].to(a.dtype), None if bias is None else bias[tile])
-        out[:, tile] = made[: a.shape[0]]
+        out[:, tile] = product(a, b[tile].to(a.dtype), None if bias is None else bias[tile])
 
 
 def product_over(a: Tensor, b: Tensor) -> Tensor:
@@ -80,17 +92,12 @@ def product_over(a: Tensor, b: Tensor) -> Tensor:
     return made
 
 
-def accompanied(rows: Tensor) -> Tensor:
-    """`rows` (M, K), a single one twice: oneDNN sums it in another order alone than among others."""
-    return rows if rows.shape[0] != 1 else rows.expand(2, -1)
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a.T @ b, a tile of rows at a time; out (N, K), a (M, N), b (M, K)."""
+def product_tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """a.T @ b, a tile of its rows at a time, contiguous; a (M, N), b (M, K)."""
     b = b.T.contiguous()
     for tile in _tiles(a.shape[1], b.shape[0]):
         made = product(b, a[:, tile].contiguous().T)  # (K, tile); oneDNN is slow on rows with gaps between them
-        out[tile] += made.T.contiguous()  # to add a transposed view takes four times as long
+        yield tile, made.T.contiguous()  # to add a transposed view takes four times as long
 
 
 def _tiles(length: int, other: int) -> Iterator[slice]:
