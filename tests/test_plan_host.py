@@ -9,9 +9,10 @@ import torch
 
 from fastppo.checks import InputError
 from fastppo.memory import host, report, start
-from fastppo.memory.passes import moment_tensors, sizes
+from fastppo.memory.passes import sizes
 from fastppo.memory.plan import GIB, Plan, make_plan
 from fastppo.memory.setting import setting_of
+from fastppo.memory.sizes import moment_tensors
 from fastppo.memory.start import check_start, plan_run
 from fastppo.memory.ways import ways_to_fit
 from fastppo.saving import _in_host_memory
@@ -81,6 +82,7 @@ def test_the_copy_that_is_planned_is_the_one_that_is_made(cases: Any, tmp_path: 
 
 def test_a_run_is_refused_where_host_memory_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "memory_of", lambda device: GIB if device == CPU else None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 50, 1 << 50))
     said = r"holds .* GiB in host memory, 0.0 MiB of it .* there is 1.0 GiB: set some of offload.reference = 'keep'"
     with pytest.raises(InputError, match=said):
         check_start(wide(tmp_path, offload={"reference": "move"}, **UNSAVED), CUDA, 512)

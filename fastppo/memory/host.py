@@ -7,6 +7,7 @@ from fastppo.memory import passes
 from fastppo.memory.ledger import dry_run
 from fastppo.memory.passes import Model
 from fastppo.memory.presence import holdings
+from fastppo.memory.sizes import moment_tensors
 from fastppo.offload.mover import tensors_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _pinned_optimizer(model: Model) -> int:
     if _steps_there(model):
         return sum(pinned(4 * n) + 8 * n for n, _ in sizes)
     masters = sum(pinned(4 * n) for n, exact in sizes if not (exact or rounds))
-    return masters + sum(pinned(size) for n, _ in sizes for size in passes.moment_tensors(n, kind))
+    return masters + sum(pinned(size) for n, _ in sizes for size in moment_tensors(n, kind))
 
 
 def pinned(size: int) -> int:

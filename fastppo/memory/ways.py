@@ -1,17 +1,19 @@
 """Ways to fit: changes of a run file's keys, the cheapest first, each tried by another plan."""
 
 import itertools
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.config_offload import OffloadConfig
-from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan
-from fastppo.memory.presence import on_device
+from fastppo.memory.plan import Plan, Setting, floor, make_plan
 from fastppo.memory.setting import has_full_reward, setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
+SILENT_S = 5.0  # of a search
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
 KEY_OF = {"max_tokens": "ppo.max_tokens_per_microbatch", "max_rows": "rollout.max_rows"}
 KEYS = tuple(f.name for f in fields(OffloadConfig))
@@ -41,6 +43,7 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     Micro-batches and rows, which change no result, are made as small as it takes and left as large as they can be.
     """
     found: list[Way] = []
+    since, told = time.monotonic(), False
     device = plan.setting.device.type
     known = [*(_offloads(config) if device == "cuda" else ()), *_changes(config, device)]
     if plan.setting.copies_to_save and (device == "cpu" or plan.setting.host_memory is not None):
@@ -50,6 +53,9 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
         if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
         made = _tried(config, keys, plan)
+        if not told and time.monotonic() > since + SILENT_S:
+            told = True
+            print("it does not fit; looking for settings that do", file=sys.stderr, flush=True)
         if made is not None:
             portions, fitted = made
             keys, fitted = _without_spare(config, keys, portions, fitted)
@@ -199,8 +205,7 @@ def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | N
     setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt, evaluation=evaluation)
     setting = replace(setting, host_memory=plan.setting.host_memory, ranks=plan.setting.ranks)
     setting = _portions(setting, sequences=work.sequences, minibatch=work.minibatch)
-    certain = on_device(setting).total() + CONTEXT[setting.device.type]
-    if certain > (budget or 0) or not can_fit(setting, budget):
+    if floor(setting) > (budget or 0) or not can_fit(setting, budget):
         return None
     keys: dict[str, object] = {}
     setting = _portions(setting, max_rows=min(setting.work.max_rows, work.sampled.sequences))
