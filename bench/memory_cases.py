@@ -170,6 +170,7 @@ def peaks(run: RunConfig, case: Case, device: str = "cpu") -> dict[str, int]:
 def measured(run: RunConfig, case: Case) -> dict[str, Use]:
     """By phase: what PyTorch's CPU allocator had handed out."""
     prompts = prompts_of(case)
+    rollout = experience = None
     with MemoryProfile() as profile:
         with profile.phase("load"):
             engine, rewards = build(run, case)
@@ -183,7 +184,7 @@ def measured(run: RunConfig, case: Case) -> dict[str, Use]:
             with profile.phase("update"):
                 engine.update(experience)
         if case.evaluated:
-            del rollout, experience
+            rollout = experience = None
             with profile.phase("rollout"):
                 rollout = engine.generate(held_out(case), replace(engine.sampling, seed=1))
             with profile.phase("reward"):

@@ -14,7 +14,8 @@ from batches import SCORES, engine, largest_gap, recorded_gradients, trajectorie
 from fastppo import LayersConfig, models
 from fastppo.config import MemoryConfig
 from fastppo.memory.ledger import dry_run
-from fastppo.memory.passes import Load, Model
+from fastppo.memory.load import Load
+from fastppo.memory.passes import Model
 from fastppo.microbatch import gather
 from fastppo.trainer import train
 
@@ -127,7 +128,7 @@ def planned(layers: LayersConfig) -> int:
     config: Any = models.read_config(str(SHAPES / "qwen2.5-0.5b"), False)
     config.num_hidden_layers, config.layer_types, config.vocab_size = 8, config.layer_types[:8], 1000
     model = Model(config=config, kind="policy", dtype="bfloat16", device=torch.device("cuda"), layers=layers)
-    batch = Load(4, 512, 512).batch()
+    batch = Load(4, 512, 512).batch(model.device)
     with dry_run() as ledger:
         made = model.outline(ledger)
         with ledger.labelled("kept"):

@@ -9,7 +9,8 @@ import torch
 import tiny
 from fastppo import LayersConfig, MemoryConfig
 from fastppo.memory import depth, passes
-from fastppo.memory.passes import Load, Model
+from fastppo.memory.load import Load
+from fastppo.memory.passes import Model
 from fastppo.models.outline import Kind
 
 DEPTH = 11

@@ -144,7 +144,7 @@ def test_rewards_load_as_they_are_planned(adapter: bool, tmp_path: Path) -> None
         import peft
 
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear"))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     config = RewardConfig(kind="model", target=str(tmp_path), dtype="float32")
     (reward,) = load_rewards([config], None, CPU, base=policy, offload="move").rewards
     assert isinstance(reward, RewardModel) and isinstance(reward.weights_at, Kept if adapter else Mover)

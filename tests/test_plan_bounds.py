@@ -1,6 +1,7 @@
 """A plan is an upper bound where lengths differ: what a micro-batch, a prefill or a reward model may be filled with."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, Gemma2Config, Llama
 
 import runs
 from fastppo import attention
-from fastppo.memory.passes import Load, Model, forward, gradient
+from fastppo.memory.load import Load
+from fastppo.memory.passes import Model, forward, gradient
 from fastppo.memory.plan import Work, make_plan
 from fastppo.memory.setting import setting_of
 from fastppo.trainer import train
@@ -47,7 +49,7 @@ def test_a_micro_batch_on_the_cpu_is_padded_as_it_will_be() -> None:
     assert load.batch(CPU).packing.padding == 496 + 16 - 499 and load.batch(torch.device("cuda")).packing.padding == 0
 
 
-def _critic(shape: type[PreTrainedConfig], dtype: str, device: torch.device, **others: Any) -> Model:
+def _critic(shape: Callable[..., PreTrainedConfig], dtype: str, device: torch.device, **others: Any) -> Model:
     config = shape(
         vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8, head_dim=16,
         num_key_value_heads=2, **others,

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -20,6 +20,7 @@ from fastppo.memory.attention import OUTLINE, UNGROUPED, elsewhere
 from fastppo.memory.depth import History
 from fastppo.memory.head import head_bytes, policy_loss, value_loss
 from fastppo.memory.ledger import Ledger, Parts, dry_run
+from fastppo.memory.load import Load, positions_of
 from fastppo.memory.sizes import Sizes, moment_bytes
 from fastppo.microbatch import MicroBatch
 from fastppo.models.outline import Kind
@@ -107,37 +108,6 @@ def _without_gradient(function: Callable[Concatenate[Model, P], T]) -> Callable[
         return remembered(model, *args, **kwargs)  # pyright: ignore[reportArgumentType]  all are hashable
 
     return call
-
-
-@dataclass(frozen=True)
-class Load:
-    """Sequences of one forward, all of one length but for a shorter one that fills it up."""
-
-    sequences: int
-    prompt: int
-    response: int
-    tail: int = 0
-    """Tokens of the shorter one; 0: there is none."""
-
-    @property
-    def lengths(self) -> list[int]:
-        return [self.prompt + self.response] * self.sequences + [self.tail] * (self.tail > 0)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    def batch(self, device: torch.device) -> MicroBatch:
-        """As `microbatch.gather` makes it for `device`; call it outside the dry run."""
-        packing = attention.plan(self.lengths, recurring=device.type == "cpu")
-        ids, positions = torch.zeros(self.tokens, dtype=torch.int64), _positions(self.lengths)
-        ends = torch.tensor(self.lengths).repeat_interleave(torch.tensor(self.lengths)) - 1
-        rows = ((positions >= ends - self.response) & (positions < ends)).nonzero().squeeze(1)
-        return MicroBatch(ids, positions, packing, rows, rows, rows, ids)
-
-
-def _positions(lengths: Sequence[int]) -> Tensor:
-    return torch.cat([torch.arange(n) for n in lengths])
 
 
 def sizes(model: Model) -> Sizes:
@@ -237,7 +207,8 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
     positions = -(-(prompt + response) // span) * span
     together, tail = divmod(min(rows * prompt, max(prefill, prompt)), prompt)
     lengths = [prompt] * together + [tail] * (tail > 0)
-    packing, cells = attention.plan(lengths), _positions(lengths)
+    packing, cells = attention.plan(lengths, recurring=model.device.type == "cpu"), positions_of(lengths)
+    padded = torch.nn.functional.pad(cells, (0, packing.padding))
     which = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
     def dry(model: Model) -> History:
@@ -246,8 +217,8 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
             ledger.begin()
             kv = _kv(made, rows, positions, ledger)
             ledger.begin()
-            ids = torch.zeros(len(cells), dtype=torch.int64)
-            hidden = _body(made, ids, cells, memory=Prefill(kv, which, cells), packing=packing)
+            ids = torch.zeros(len(padded), dtype=torch.int64)
+            hidden = _body(made, ids, padded, memory=Prefill(kv, which, cells), packing=packing)
             _sample(made, hidden[torch.arange(len(lengths))], ledger)
             del hidden
             ledger.begin()

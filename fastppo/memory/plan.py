@@ -9,7 +9,8 @@ import torch
 from fastppo.config_offload import OffloadConfig
 from fastppo.memory import host, passes
 from fastppo.memory.ledger import Parts
-from fastppo.memory.passes import GRADIENTS, KV, MASTERS, WEIGHTS, Load, Model
+from fastppo.memory.load import Load
+from fastppo.memory.passes import GRADIENTS, KV, MASTERS, WEIGHTS, Model
 from fastppo.memory.presence import loading, moments, on_device, reward
 from fastppo.rollout.decoder import PREFILL_TOKENS, SPAN
 
