@@ -133,7 +133,7 @@ def machine(device: str, seed: int = 0, commit: str | None = None) -> dict[str, 
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {"fastppo": fastppo.__version__, **versions()},
-        "commit": commit or _commit(),
+        "commit": commit or commit_of(),
         "seed": seed,
         **_rates(device),
     }
@@ -179,7 +179,7 @@ def _driver() -> str:
         return runtime
 
 
-def _commit() -> str:
+def commit_of() -> str:
     """Of the repository that holds this file; an installed copy has its version alone."""
     here = Path(__file__).resolve().parent
     if not (here.parent.parent / "pyproject.toml").exists():

@@ -67,7 +67,8 @@ def pages(folder: Path, docs: Path) -> dict[Path, str]:
     require(
         len(files) > 0, f"{str(folder)!r} has no *.jsonl: `fastppo bench SUITE --out {folder}/NAME.jsonl` writes some"
     )
-    found = newest(line for path in files for line in records.read(path))
+    lines = (line for path in files for line in records.read(path))
+    found = newest(line for line in lines if line.get("suite") in TITLES)  # memory plans are on a page of their own
     out: dict[Path, str] = {}
     shown = os.path.relpath(folder, docs.parent.parent).replace(os.sep, "/")
     text = [INTRO.format(folder=shown)]
