@@ -251,7 +251,7 @@ class PPOEngine:
         """Go on where `state` and `tensors` were taken.
 
         Args:
-            tensors: sorted by name.
+            tensors: those of a role one after the other, and so those of a parameter.
 
         Raises:
             ValueError: they are of another model.
