@@ -20,6 +20,7 @@ from fastppo import LayersConfig, models
 from fastppo.attention import dense_attention
 from fastppo.microbatch import gather
 from fastppo.models import fused
+from fastppo.run import build
 from fastppo.score import action_logprobs
 from fastppo.trainer import train
 from numerics import assert_as_accurate
@@ -111,3 +112,24 @@ def test_liger_needs_a_gpu_and_the_package(
     with pytest.raises(ValueError, match=said):
         models.fuse_layers(tiny.policy(), LayersConfig(fused="liger"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_waits_in_host_memory_is_fused_for_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reference or a critic that [offload] has sent away by then."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found("json" if name == "liger_kernel" else name))
+    given: list[Any] = []
+    monkeypatch.setattr(fused, "use_liger", given.append)
+    policy = tiny.policy()
+    models.fuse_layers(policy, LayersConfig(fused="liger"), torch.device("cuda"))
+    assert given == [policy] and policy.device.type == "cpu"
+
+
+def test_a_run_fuses_every_model_for_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fastppo.run.require_gpu", lambda config, device: None)
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(models, "fuse_layers", lambda *arguments: given.append(arguments))
+    run = build(runs.config(tmp_path, offload={"reference": "move", "critic": "move"}))
+    run.close()
+    roles = (run.engine.policy, run.engine.critic, run.engine.reference)
+    assert given == [(model, run.config.layers, run.engine.policy.device) for model in roles]

@@ -36,15 +36,18 @@ def require_fused(config: LayersConfig, device: torch.device) -> None:
     )
 
 
-def fuse_layers(model: PreTrainedModel, config: LayersConfig) -> None:
+def fuse_layers(model: PreTrainedModel, config: LayersConfig, home: torch.device | None = None) -> None:
     """Change how this model, and no other of its class, computes its layers. A copy of it has to be changed by itself.
 
     Scoring and training go through the same layers, so the ratio of a policy to itself stays what it was.
 
+    Args:
+        home: where it computes, which is not where it is while it waits in host memory; None: where it is.
+
     Raises:
         ValueError: as `require_fused`, or Liger does not know the architecture.
     """
-    require_fused(config, model.device)
+    require_fused(config, home or model.device)
     if config.fused == "liger":
         use_liger(model)
     elif config.fused == "compile":
