@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def test_compiled_layers_fit_every_micro_batch_and_keep_the_ratio_at_1(checkpoin
     with dense_attention(policy):
         assert policy.config._attn_implementation != fused.UNTRACED
     assert policy.config._attn_implementation == fused.UNTRACED
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_layer_is_inside_its_checkpoint(checkpointing: bool) -> None:
+    """Whether transformers puts the checkpoint around a layer's call, as 5.17 does, or around its forward."""
+    layers = tiny.LAYERS[checkpointing]
+    policy, calls = tiny.policy(layers=layers), Counter()
+    models.fuse_layers(policy, LayersConfig(fused="compile"))
+    for i, layer in enumerate(policy.base_model.layers):  # pyright: ignore[reportArgumentType]
+        layer.self_attn.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # pyright: ignore
+    with torch.compiler.set_stance("force_eager"):
+        assert_same_numbers(policy, "llama", layers, ROWS[0])
+    assert calls == {0: 1 + checkpointing, 1: 1 + checkpointing}
 
 
 @pytest.fixture
