@@ -22,7 +22,7 @@ peer() { # what each environment holds beside torch and fastppo
         verl) into tensordict==0.10.0 omegaconf==2.3.1 hydra-core==1.3.2 "ray==2.55.0" codetiming peft torchdata pandas pyarrow dill &&
             into --no-deps verl==0.9.1 ;;
         openrlhf) into deepspeed==0.19.6 peft einops ray==2.55.0 optree loralib && into --no-deps openrlhf==0.11.2 ;;
-        agilerl) into liger-kernel==0.8.5 agilerl==2.58.0 ;;
+        agilerl) into liger-kernel==0.8.5 peft==0.21.0 agilerl==2.58.0 ;;
         *) echo "no peer $name" >>"$dir/$name.log"; return 1 ;;
     esac
 }

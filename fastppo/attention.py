@@ -26,7 +26,8 @@ PACKED = "fastppo_packed"
 UNTRACED = "fastppo_untraced"  # the same, in compiled layers
 Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
 # Scores of padding, of all heads, that take as long as another call. CPU: 60 us at 25 ns for 4 heads of 32, one core.
-CALL_SCORES = {"cpu": 4096, "cuda": 1 << 20}
+CALL_SCORES = {"cpu": 4096}
+CALL_SCORES_ELSEWHERE = 1 << 20
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -75,7 +76,7 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurrin
     if padding:
         sizes = torch.cat([sizes, sizes.new_tensor([padding])])
     order = sizes.argsort(descending=True)
-    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES[device.type]))
+    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(device.type, CALL_SCORES_ELSEWHERE)))
     width = torch.cat([torch.full((b,), T) for b, T in buckets])
     row = torch.arange(len(order)).repeat_interleave(width)
     column, member = torch.arange(len(row)) - (width.cumsum(0) - width)[row], order[row]
@@ -200,8 +201,8 @@ def _bucketed(
     if packing.spread is not None and packing.restore is not None:
         q, k, v = (_Spread.apply(x, packing.spread, packing.restore) for x in (q, k, v))
     sizes = [b * T for b, T in packing.buckets]
-    pieces = zip(packing.buckets, *(x.split(sizes) for x in (q, k, v)), strict=True)
-    made = [_rows_attention(shape, *qkv, scaling, window, softcap) for shape, *qkv in pieces]
+    pieces = zip(packing.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    made = [_rows_attention(shape, q, k, v, scaling, window, softcap) for shape, q, k, v in pieces]
     out = made[0] if len(made) == 1 else torch.cat(made)
     return out if packing.restore is None else _Restore.apply(out, packing.restore)
 
@@ -253,8 +254,8 @@ class _Restore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        out = grads[0].new_zeros(ctx.places, *grads[0].shape[1:])
-        return out.index_copy_(0, *ctx.saved_tensors, grads[0]), None
+        (restore,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.places, *grads[0].shape[1:]).index_copy_(0, restore, grads[0]), None
 
 
 def _causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:

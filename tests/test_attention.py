@@ -49,6 +49,45 @@ def test_packed_gradients_equal_one_sequence_at_a_time(architecture, checkpointi
     assert len(actual) >= 10
 
 
+def test_what_pads_a_micro_batch_is_not_heard_and_learns_nothing():
+    model, ids = tiny.policy(), [[t or 1 for t in row] for row in sequences()]  # padding is token 0
+    batch = packed(ids)
+    assert batch.packing.padding > 0 and len(batch.input_ids) == sum(LENGTHS)
+    hidden = models.hidden_states(model, batch)
+    hidden.square().sum().backward()
+    weight = model.get_parameter("model.embed_tokens.weight")
+    assert weight.grad is not None and not weight.grad[0].any() and weight.grad[1:].any()
+    with torch.no_grad():
+        weight[0] = 1e30
+    assert torch.equal(models.hidden_states(model, batch), hidden)
+
+
+def test_micro_batches_of_any_lengths_recur_in_size():
+    """The CPU's kernels are made for a number of tokens; five bits of it are kept, at most a sixteenth is added."""
+    sizes = set()
+    for n in range(100, 1000):
+        plan = attention.plan([n // 3, n - n // 3], recurring=True)
+        assert n <= n + plan.padding <= n * 17 / 16
+        assert plan.restore is not None and int(plan.cu_seqlens[-1]) == n and len(plan.restore) == n + plan.padding
+        sizes.add(n + plan.padding)
+    assert len(sizes) < 64
+    assert attention.plan([7, 7, 7], recurring=True).padding == 0, "equal lengths recur by themselves"
+
+
+@pytest.mark.parametrize("spare", [0, 500, 10**9])
+def test_buckets_waste_at_most_what_a_call_costs(spare, monkeypatch):
+    monkeypatch.setitem(attention.CALL_SCORES, "cpu", spare)
+    lengths = torch.randint(1, 200, (60,)).tolist()
+    buckets = list(attention.plan(lengths).buckets)
+    assert sum(b for b, _ in buckets) == 60 and len(buckets) == {0: len(set(lengths)), 10**9: 1}.get(
+        spare, len(buckets)
+    )
+    scores = sum(b * T**2 for b, T in buckets)
+    assert scores <= sum(n**2 for n in lengths) + spare * len(buckets)
+    model, ids = tiny.policy(), sequences(lengths[:8])
+    torch.testing.assert_close(models.hidden_states(model, packed(ids)), alone(model, ids), atol=3e-5, rtol=1e-5)
+
+
 def test_checkpointing_really_recomputes():
     model = tiny.policy(layers=tiny.LAYERS[True])
     calls = []

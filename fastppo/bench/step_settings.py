@@ -93,7 +93,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--response-tokens", type=int, default=512 if gpu else 48, help="mean length")
     made.add_argument("--epochs", type=int, default=1 if gpu else 2)
     made.add_argument("--minibatches", type=int, default=4)
-    made.add_argument("--max-tokens", type=int, default=8192 if gpu else 1024, help="per micro-batch")
+    made.add_argument("--max-tokens", type=int, default=8192 if gpu else 2048, help="per micro-batch")
     made.add_argument("--vocab-size", type=int, help="instead of the shape's")
     made.add_argument("--rounds", type=int, default=9)
     return made

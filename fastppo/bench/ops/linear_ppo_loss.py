@@ -41,7 +41,7 @@ from fastppo.bench.problems import (
 )
 from fastppo_kernels import linear_ppo_loss
 from fastppo_kernels.head import CHUNK_BYTES, default_chunk_size
-from fastppo_kernels.linear import add_product, product, product_into, runs_onednn
+from fastppo_kernels.linear import product, product_into, product_tiles, runs_onednn
 
 LIGER, LIGER_SCALED = "liger_kernel.chunked_loss", "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 VERL, VERL_KERNEL = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
@@ -83,7 +83,8 @@ def chunked_products(hidden: Tensor, weight: Tensor, chunk: int, small: bool) ->
             if not small:
                 product_into(made, x, weight)
             dx.copy_(product(made, weight.T))
-            add_product(dweight, made, x)
+            for tile, part in product_tiles(made, x):
+                dweight[tile] += part
         else:
             made = torch.mm(x, weight.T, out=logits[: len(x)])
             torch.mm(made, weight, out=dx)
