@@ -18,7 +18,7 @@ from fastppo.offload.layers import Streamer, size_of, split
 from fastppo.offload.mover import Mover, coming, tensors_of
 from fastppo.offload.roles import of_frozen
 from fastppo.rewards import to_samples
-from test_offload import ALL, deep
+from offloading import ALL, deep
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import runs
+from adapters import adapted
 from fastppo import models, train
-from test_lora import adapted
 
 pytestmark = pytest.mark.gpu
 
