@@ -65,16 +65,15 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurrin
     """Plan packed attention for sequences of the given lengths, each >= 1.
 
     Args:
-        recurring: pad to a number of tokens that other micro-batches have too, where the CPU's kernels are made for it.
+        recurring: on a CPU, whose kernels are made for a number of tokens, pad to one that others have too.
     """
-    sizes, device = torch.tensor(lengths), torch.device(device)
-    equal, cu_seqlens = bool((sizes == sizes[0]).all()), cumulative(sizes)
-    padding = common_size(int(cu_seqlens[-1])) - int(cu_seqlens[-1]) if recurring and not equal else 0
-    longest = int(sizes.max())
-    if equal:
-        return Packing(cu_seqlens.to(device), longest, 0, ((len(sizes), longest),), None, None)
+    sizes, device, cu_seqlens = torch.tensor(lengths), torch.device(device), cumulative(lengths)
+    total, longest, recurring = int(sizes.sum()), int(sizes.max()), recurring and device.type == "cpu"
+    padding = common_size(total) - total if recurring else 0
     if padding:
         sizes = torch.cat([sizes, sizes.new_tensor([padding])])
+    elif (sizes == longest).all():
+        return Packing(cu_seqlens.to(device), longest, 0, ((len(sizes), longest),), None, None)
     order = sizes.argsort(descending=True)
     buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(device.type, CALL_SCORES_ELSEWHERE)))
     width = torch.cat([torch.full((b,), T) for b, T in buckets])

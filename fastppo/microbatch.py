@@ -60,7 +60,7 @@ def gather(rollout: Rollout, sequences: Sequence[int]) -> MicroBatch:
     return MicroBatch(
         input_ids=rollout.input_ids[tokens],
         position_ids=position_ids,
-        packing=plan(lengths.tolist(), device, recurring=device.type == "cpu"),
+        packing=plan(lengths.tolist(), device, recurring=True),
         rows=at - 1,
         targets=rollout.input_ids[tokens[at]],
         actions=rollout.action_places[tokens[at]],

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -140,8 +141,9 @@ class Decoder:
         positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         rows = (torch.tensor(firsts) + start).repeat_interleave(torch.tensor(lengths)).to(device)
         ids = torch.tensor([token for p in prompts for token in p], device=device)
-        packing = plan(lengths, device)
-        hidden = self._forward(ids, positions, Prefill(self.kv, rows, positions), packing)
+        packing = plan(lengths, device, recurring=True)
+        padded = (F.pad(x, (0, packing.padding)) for x in (ids, positions))
+        hidden = self._forward(*padded, Prefill(self.kv, rows, positions), packing)
         copies = [(start + firsts[j], start + k) for k, j in enumerate(which) if k != firsts[j]]
         if copies:
             sources, targets = torch.tensor(copies, device=device).unbind(1)

@@ -64,8 +64,9 @@ class Prefill:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None,
         softcap: float | None,
     ) -> Tensor | None:  # fmt: skip
-        """Keeps k and v; the prompts attend to themselves."""
-        self.kv.write(layer, self.rows, self.positions, k, v)
+        """Keeps k and v but those of padding; the prompts attend to themselves."""
+        n = len(self.rows)
+        self.kv.write(layer, self.rows, self.positions, k[:n], v[:n])
         return None
 
 

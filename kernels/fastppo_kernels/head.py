@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastppo_kernels.linear import (
     TILE_BYTES,
-    accompanied,
     common_size,
     common_step,
     product,
@@ -96,7 +95,8 @@ class ChunkedHead:
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
         self.onednn = runs_onednn(hidden, self.dtype) and not self.piece
         if self.onednn:
-            self.chunk_size -= self.chunk_size % common_step(self.chunk_size)  # so the last chunk alone is padded
+            step = common_step(self.chunk_size)
+            self.chunk_size = max(step, self.chunk_size - self.chunk_size % step)  # so the last chunk alone is padded
         self.mixed = self.operand_dtype != self.dtype
         self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
         self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
@@ -123,7 +123,7 @@ class ChunkedHead:
         num_rows, whole = rows.stop - rows.start, self._whole(rows)
         if self.direct:
             self.buffer = self.buffer.new_empty(0)  # the logits before these go before these come
-            self.buffer = product(accompanied(self._hidden(whole)), self.weight, self.bias)
+            self.buffer = product(self._hidden(whole), self.weight, self.bias)
             return self.buffer[:num_rows]
         if self.onednn:
             product_into(self.buffer[: whole.stop - whole.start], self._hidden(whole), self.weight, self.bias)
@@ -168,9 +168,7 @@ class ChunkedHead:
         return a, b, c
 
     def _times_weight(self, dlogits: Tensor) -> Tensor:
-        rows = accompanied(dlogits)
-        made = product_over(rows, self.weight) if self.by_tiles else product(rows, self.weight.T)
-        return made[: dlogits.shape[0]]
+        return product_over(dlogits, self.weight) if self.by_tiles else product(dlogits, self.weight.T)
 
     def _weight_sum(self, weight: Tensor) -> Tensor | HalvedSum:
         """What (V, H) gradients of chunks are added to; a small one lies as (H, V), the way its products come."""
@@ -240,7 +238,7 @@ def peak_bytes(
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
     chunk = chunk_size or default_chunk_size(V, device)
-    chunk = min(chunk - chunk % common_step(chunk) if cpu else chunk, R)
+    chunk = min(max(8, chunk - chunk % common_step(chunk)) if cpu else chunk, R)
     pads = cpu and common_size(chunk) != chunk
     chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
     padded = chunk if cpu else -(-chunk // PIECE_ROWS) * PIECE_ROWS

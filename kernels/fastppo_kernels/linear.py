@@ -48,7 +48,7 @@ def runs_onednn(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def common_size(n: int) -> int:
-    """n or a little more: the next number of five significant bits, 16 of which lie between two powers of two.
+    """n or a little more: the next multiple of 8 that has five significant bits.
 
     oneDNN makes a kernel for every shape that it meets, in 0.1 to 0.4 ms each, and keeps the last 1024.
     """
@@ -57,7 +57,7 @@ def common_size(n: int) -> int:
 
 def common_step(n: int) -> int:
     """What lies between `common_size`s where n is."""
-    return 1 << max(0, n.bit_length() - 5)
+    return max(8, 1 << max(0, n.bit_length() - 5))
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,8 +81,7 @@ def _(a, b, bias):
 def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
     """out = a @ b.T (+ bias), a tile of columns at a time; out (M, N), a (M, K), b (N, K) of any dtype, bias (N,)."""
     for tile in _tiles(b.shape[0], a.shape[0]):
-        made = product(accompanied(a), b[tile].to(a.dtype), None if bias is None else bias[tile])
-        out[:, tile] = made[: a.shape[0]]
+        out[:, tile] = product(a, b[tile].to(a.dtype), None if bias is None else bias[tile])
 
 
 def product_over(a: Tensor, b: Tensor) -> Tensor:
@@ -91,11 +90,6 @@ def product_over(a: Tensor, b: Tensor) -> Tensor:
     for tile in _tiles(b.shape[0], b.shape[1]):
         made += product(a[:, tile].contiguous(), b[tile].to(a.dtype).T)
     return made
-
-
-def accompanied(rows: Tensor) -> Tensor:
-    """`rows` (M, K), a single one twice: oneDNN sums it in another order alone than among others."""
-    return rows if rows.shape[0] != 1 else rows.expand(2, -1)
 
 
 def product_tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
