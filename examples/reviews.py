@@ -106,7 +106,13 @@ def run_config(out: Path, seed: int, steps: int) -> RunConfig:
 
 
 def read(path: Path, label: int) -> list[Review]:
-    return [(line.strip(), label) for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) > 6]
+    """Those of more than six words; a file that cannot be read ends the program."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SystemExit(f"cannot read the reviews at {str(path)!r}, a UTF-8 file with one per line: {why}") from error
+    return [(line.strip(), label) for line in lines if len(line.split()) > 6]
 
 
 def split(reviews: list[Review], seed: int) -> tuple[list[Review], list[Review], list[Review]]:

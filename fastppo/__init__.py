@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         WatchConfig,
     )
     from fastppo.engine import PPOEngine
-    from fastppo.rewards import FunctionReward, HTTPReward, RewardError, RewardModel, Scores, WeightedRewards
+    from fastppo.reward_model import RewardModel
+    from fastppo.rewards import FunctionReward, HTTPReward, RewardError, Scores, WeightedRewards
     from fastppo.run_file import load_config
     from fastppo.trainer import train
 
@@ -56,7 +57,15 @@ __all__ = [
     "load_config",
     "train",
 ]
-_MODULES = ("config", "batch", "rewards", "run_file", "engine", "trainer")  # in which they are looked up, in order
+_MODULES = (
+    "config",
+    "batch",
+    "rewards",
+    "reward_model",
+    "run_file",
+    "engine",
+    "trainer",
+)  # in which they are looked up, in order
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from fastppo import distributed
 from fastppo.aggregate import sequence_index, sequence_sums
 from fastppo.batch import cumulative
 from fastppo.checks import require
-from fastppo.config import AdvantageEstimator, PPOConfig
+from fastppo.config_ppo import AdvantageEstimator, PPOConfig
 from fastppo_kernels import gae, token_rewards, whiten
 
 WHITEN_EPS = 1e-8  # that of fastppo_kernels.whiten

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastppo import distributed
-from fastppo.config import Aggregation
+from fastppo.config_ppo import Aggregation
 
 
 def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastppo.config import RunConfig
 from fastppo.demo import demo as run_demo
 from fastppo.distributed import RankError
 from fastppo.faults import NonFiniteError
+from fastppo.flags import refuse_unknown
 from fastppo.memory import report as memory_report
 from fastppo.memory.start import plan_run
 from fastppo.out_of_memory import OutOfMemory
@@ -42,6 +43,7 @@ START = {  # options that are not keys of the run
     "iterations. All others are keys of the run:",
     "plan": "--gpu 24GB: plan for that card, not for this machine. --json: print JSON. All others are keys of the run:",
 }
+NO_KEYS = {"train": ("resume", "profile", "help"), "plan": ("gpu", "json", "help")}  # the names of those
 NO_RUN_FILE = (
     "train needs a run file, before any option: fastppo train RUN.toml --ppo.kl-coef 0.1; "
     "README.md shows one, `fastppo train --help` says more"
@@ -115,22 +117,25 @@ def parse_start(args: Sequence[str]) -> tuple[str | None, bool, list[str]]:
 def parse_run(path: str, overrides: Sequence[str], command: str = "train") -> RunConfig:
     """A run file with `--dotted.key value` overrides, e.g. `--ppo.kl-coef 0.1 --rewards.0.weight 2`.
 
-    A config that refuses its values is an `InputError`, as it is in the file; tyro would draw a box around it.
+    A config that refuses its values is an `InputError`, as it is in the file, and so is an option that does not exist;
+    tyro would draw a box around it.
     """
-    prog = f"fastppo {command} {path}"
+    prog, written = f"fastppo {command} {path}", load_config(path)
     parse = functools.partial(
-        tyro.cli, RunConfig, default=load_config(path), args=list(overrides), prog=prog, description=START[command]
+        tyro.cli, RunConfig, default=written, args=list(overrides), prog=prog, description=START[command]
     )
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            return parse()
+            config, unknown = parse(return_unknown_args=True)
     except SystemExit as ended:
         error: BaseException | None = ended
         while error is not None and not isinstance(error, InputError):
             error = error.__context__
         if error is not None:
             raise error from None
-        return parse()  # the help, or what is wrong with the options
+        return parse()  # the help, or what is wrong with the values
+    refuse_unknown(unknown, config, NO_KEYS[command], command)
+    return config
 
 
 def train(run: tyro.conf.Positional[str]) -> None:

@@ -24,7 +24,7 @@ from fastppo.kept_rollout import Kept
 from fastppo.memory import start as memory
 from fastppo.metrics import Metrics, require_loggers, rewind
 from fastppo.offload.roles import require_gpu
-from fastppo.rewards import WeightedRewards, load_rewards
+from fastppo.rewards import WeightedRewards, endpoint_of, load_rewards
 from fastppo.rollout_source import RolloutSource
 from fastppo.run_file import to_dict
 from fastppo.saving import Writer
@@ -71,6 +71,8 @@ class Run:
 
 def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> Run:
     """Load prompts, models and rewards, then take over the run folder, as iteration `kept` left it."""
+    for reward in config.rewards:
+        endpoint_of(reward)  # a target that is missing is said before anything is loaded
     _seed(config.seed)
     _check_ranks(config)
     folder = Path(config.out)

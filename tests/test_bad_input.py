@@ -20,6 +20,7 @@ from fastppo import FunctionReward, ModelConfig, PPOEngine, RewardConfig, Reward
 from fastppo.rewards import load_rewards
 from fastppo.run import build
 
+RIGHT = {"kind": "function", "target": "runs:digits"}
 Damage = Callable[[Path], object]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -105,6 +106,26 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer.add_tokens(["<a>", "<b>"])
     tokenizer.save_pretrained(config.policy.path)
     with pytest.raises(ValueError, match="the tokenizer at .* has 15 tokens, but the model only 13"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    ("reward", "fragment"),
+    [
+        ({"target": "runs:nothing"}, "cannot import 'runs:nothing': AttributeError: module 'runs' has no"),
+        ({"target": "nowhere:score"}, "cannot import 'nowhere:score': .*; is its folder on PYTHONPATH"),
+        ({"target": "runs:NUM_PROMPTS"}, "'runs:NUM_PROMPTS' must be a function, got a int"),
+        ({"kind": "http", "target": "http://localhost/${NOT_THERE}"}, "NOT_THERE"),
+    ],
+    ids=lambda x: x["target"] if isinstance(x, dict) else "",
+)
+def test_a_reward_that_is_not_there_is_said_before_weights_are_read(
+    reward: dict[str, str], fragment: str, tmp_path: Path
+) -> None:
+    """These weights cannot be read; the second of two rewards is looked at too."""
+    config = runs.config(tmp_path, rewards=[RIGHT, {"kind": "function", "name": "wrong", **reward}])
+    truncate(Path(config.policy.path))
+    with pytest.raises(ValueError, match=fragment):
         build(config)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastppo import models
-from fastppo.bench import arguments, harness, lengths, pages, pictures, records, shapes, step, work
+from fastppo.bench import arguments, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
 from fastppo.bench.ops import OPS
@@ -346,3 +346,21 @@ def test_numbers_of_threads_do_not_share_a_table(tmp_path: Path):
 def test_records_are_json_without_nan():
     made = records.numbers([0.1, 0.2], records.Work(1e6), "cpu") | records.shortened({"cpu_ms": math.nan})
     assert "NaN" not in json.dumps(made, allow_nan=False)
+
+
+def test_a_peer_that_cannot_run_is_said_before_anything_is_timed(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interpreter that was asked for is an error, this one without the peer is a remark."""
+    monkeypatch.setattr(end_to_end, "run", lambda *_: pytest.fail("something was timed"))
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'trl'\" >&2\nexit 1\n")
+    without.chmod(0o755)
+    for python, why in ((without, "ModuleNotFoundError: No module named 'trl'"), (tmp_path / "no", "No such file")):
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", "end-to-end", "--quick", "--trl-python", str(python)])
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and "--trl-python: TRL 1.12.0 PPOTrainer cannot run" in err and why in err
+    monkeypatch.setattr(end_to_end.sys, "executable", str(without))
+    assert end_to_end.absent(None) == {end_to_end.TRL: "ModuleNotFoundError: No module named 'trl'"}
+    assert "only fastppo is timed" in capsys.readouterr().out

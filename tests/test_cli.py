@@ -110,9 +110,6 @@ def test_doctor_says_what_runs_here(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "fragment"),
     [
-        (["--ppo.kl-coeff", "1"], "Perhaps you meant: --ppo.kl-coef"),
-        (["--rewards.7.weight", "1"], "Perhaps you meant: --rewards.0.weight"),
-        (["--sed", "1"], "Perhaps you meant: --seed"),
         (["--ppo.gamma", "high"], "--ppo.gamma: could not convert string to float: 'high'"),
         (["--ppo.num-epochs", "2.5"], "--ppo.num-epochs: invalid literal for int() with base 10: '2.5'"),
         (["--ppo.advantage", "gea"], "invalid choice 'gea' for argument '--ppo.advantage'. Expected one of ('gae',"),
@@ -124,6 +121,35 @@ def test_a_bad_override_is_one_message_and_code_2(args: list[str], fragment: str
     code, err = failure(["train", runs.run_file(tmp_path), *args], capsys)
     assert code == 2 and fragment in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "right"),
+    [
+        ("train", ["--rezume"], "--resume"),
+        ("train", ["--profil"], "--profile"),
+        ("train", ["--ppo.kl-coeff", "1"], "--ppo.kl-coef"),
+        ("train", ["--ppo.kl_coeff=1"], "--ppo.kl-coef"),
+        ("train", ["--seed", "2", "--rewards.7.weight", "1"], "--rewards.0.weight"),
+        ("train", ["--ppo.no-whiten-advantage"], "--ppo.no-whiten-advantages"),
+        ("plan", ["--jsn", "--sed", "1"], "--json"),
+        ("plan", ["--gpuu", "24GB"], "--gpu"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_an_unknown_option_names_the_nearest_one(
+    command: str, wrong: list[str], right: str, tmp_path: Path, capsys: Any
+) -> None:
+    code, err = failure([command, runs.run_file(tmp_path), *wrong], capsys)
+    given = next(arg for arg in wrong if arg != "--seed" and arg.startswith("--")).partition("=")[0]
+    assert (code, err) == (2, f"fastppo: unknown option {given}; did you mean {right}? ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("--gpu", "option --gpu"), ("seed", "argument seed")])
+def test_what_resembles_no_option_points_to_the_help(wrong: str, said: str, tmp_path: Path, capsys: Any) -> None:
+    _, err = failure(["train", runs.run_file(tmp_path), wrong], capsys)
+    assert err == f"fastppo: unknown {said}; `fastppo train RUN.toml --help` lists all options "
 
 
 REFUSED: list[dict[str, dict[str, Any]]] = [

@@ -49,6 +49,18 @@ def test_gsm8k_reward_reads_the_last_answer(response, score):
     assert load("gsm8k").score([sample]) == [score]
 
 
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "No such file or directory"), (b"caf\xe9", "'utf-8' codec can't decode")]
+)
+def test_reviews_that_cannot_be_read_are_one_sentence(content, why, tmp_path):
+    path = tmp_path / "negative.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        load("reviews").read(path, 0)
+    assert f"cannot read the reviews at {str(path)!r}, a UTF-8 file with one per line: {why}" in str(ended.value)
+
+
 @pytest.mark.slow
 def test_reviews_runs_end_to_end(tmp_path):
     reviews, rng = load("reviews"), random.Random(0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.continuous_batching import offloading_manager, utils
 
 import tiny
 from batches import SCORES, engine, prompts
@@ -123,6 +124,32 @@ def test_tokens_come_from_the_weights_as_they_are_now() -> None:
     rollout = made.generate(given, Sampling(max_new_tokens=4, seed=3))
     ours = action_logprobs(made.policy, rollout, temperature=1.0, max_tokens=400)
     torch.testing.assert_close(rollout.logprobs, ours, atol=1e-5, rtol=0)
+
+
+def without_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (utils, offloading_manager):
+        monkeypatch.setattr(module, "is_psutil_available", lambda: False)
+
+
+def test_a_rollout_without_psutil_says_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which transformers asks for sizes that are given; what else it logs is logged."""
+    without_psutil(monkeypatch)
+    sampler().generate(prompts(2), Sampling(max_new_tokens=2))
+    assert "psutil" not in caplog.text
+    generate_batch.LOG.warning("psutil is missing")
+    assert "psutil is missing" in caplog.text
+
+
+def test_sizes_that_do_not_fit_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what transformers said of psutil, which then matters."""
+    monkeypatch.setattr(utils, "_get_numa_nodes_memory", lambda *_: None)
+    without_psutil(monkeypatch)
+    made = sampler()
+    with pytest.raises(RolloutError, match=r"does not start: .* lower rollout.max_rows .* \(.* install psutil\.\)"):
+        made.generate(prompts(2), Sampling(max_new_tokens=2))
+    assert made.policy.config._attn_implementation == PACKED and all(m.training for m in made.policy.modules())
 
 
 def test_a_request_that_fails_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

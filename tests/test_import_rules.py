@@ -17,7 +17,7 @@ PACKAGES = {"fastppo": ROOT / "fastppo", "fastppo_kernels": ROOT / "kernels" / "
 
 PHASES = {f"fastppo.{name}" for name in ("rollout", "rewards", "score", "advantages", "update")}
 ABOVE_THE_PHASES = {"fastppo.engine", "fastppo.trainer", "fastppo.cli", "fastppo.__main__", "fastppo.<public names>"}
-KINDS = ("", "_inputs", "_layers", "_memory", "_offload", "_optimizer", "_vllm", "_watch")
+KINDS = ("", "_inputs", "_layers", "_memory", "_offload", "_optimizer", "_ppo", "_vllm", "_watch")
 CONFIGS = {f"fastppo.config{name}" for name in KINDS}
 SHARED = {"fastppo.batch", "fastppo.protocols"} | CONFIGS
 STDLIB_ONLY = {"fastppo.checks"} | CONFIGS

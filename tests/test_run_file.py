@@ -20,6 +20,7 @@ from fastppo import (
     config_layers,
     config_memory,
     config_optimizer,
+    config_ppo,
     config_vllm,
     config_watch,
     load_config,
@@ -91,7 +92,16 @@ def test_every_key_has_a_line_of_help() -> None:
     """A string below the field, which `fastppo train RUN.toml --help` prints."""
     silent = [
         f"{cls.name}.{key.target.id}"
-        for module in (config, config_inputs, config_layers, config_memory, config_optimizer, config_vllm, config_watch)
+        for module in (
+            config,
+            config_inputs,
+            config_layers,
+            config_memory,
+            config_optimizer,
+            config_ppo,
+            config_vllm,
+            config_watch,
+        )
         for cls in ast.parse(inspect.getsource(module)).body
         if isinstance(cls, ast.ClassDef)
         for key, after in itertools.pairwise([*cls.body, ast.Pass()])

@@ -5,14 +5,15 @@ import gc
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from batches import prompts
 from fastppo.checks import RolloutError
+from fastppo.rollout import rarely, weights
 from fastppo.rollout import vllm_server as vllm_server_module
-from fastppo.rollout import weights
 from test_vllm import DRAWN, Serve, gap, quick, responses, sampler  # noqa: F401
 from vllm_protocol import vllm_server_fixture  # noqa: F401
 
@@ -51,6 +52,27 @@ def test_a_proxy_that_stays_without_its_server_ends_the_run_in_time(vllm_server:
     server.gone = (503, 10**6)
     with pytest.raises(RolloutError, match=r"no vLLM server answered for rollout.vllm.wait_s = 0 s \(.*503"):
         sampler(tmp_path, server, wait_s=0.1).generate(prompts(2), DRAWN)
+
+
+def test_a_fault_that_lasts_is_said_at_doubling_intervals(
+    vllm_server: Serve, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request finds a server that says it is there and then answers as if it were not."""
+    server = vllm_server(faults=["503"] * 40)
+    made = sampler(tmp_path, server, retries=100)
+    assert len(made.generate(prompts(6), DRAWN)) == 6 and not server.faults
+    out = capsys.readouterr().out
+    assert out.count("waiting") == 1 and out.count("is back") == 1
+    clock = iter(range(1000))
+    monkeypatch.setattr(rarely, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    say = rarely.Rarely()
+    for i in range(100):
+        say("gone", f"gone {i}")
+    say.anew("gone")
+    say("gone", "gone again")
+    said = [(i, f" (and {n} times since this was last said)") for i, n in ((10, 9), (30, 19), (70, 39))]
+    expected = ["gone 0", *(f"gone {i}{held}" for i, held in said), "gone again"]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_a_connection_that_nobody_takes_is_given_up_before_the_request_would_be(

@@ -26,6 +26,7 @@ from fastppo.bench import arguments, records, work
 from fastppo.bench.machine import machine
 from fastppo.bench.ppo_iteration.ppo_setting import SETTINGS, PPOSetting, build_policy
 from fastppo.bench.records import OURS, Record
+from fastppo.checks import require
 
 HERE = Path(__file__).parent / "ppo_iteration"
 TRL = "TRL 1.12.0 PPOTrainer"
@@ -42,25 +43,49 @@ class PeerFailed(Exception):
     """The run of a peer ended with an error; its last line is the message."""
 
 
-def run(python: str, script: str, *options: str) -> dict[str, Any]:
-    """The JSON line of one script."""
-    command = [python, str(HERE / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def output(python: str, script: str, *options: str) -> list[str]:
+    """The lines that one script prints."""
+    try:
+        done = subprocess.run([python, str(HERE / script), *options], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise PeerFailed(f"cannot start {python!r}: {error.strerror}") from error
     if done.returncode:
         raise PeerFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200])
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()
 
 
-def in_turn(options: argparse.Namespace, runs: list[list[str]]) -> tuple[dict[str, list[dict[str, Any]]], Record]:
+def run(python: str, script: str, *options: str) -> dict[str, Any]:
+    """The JSON line of one script."""
+    return json.loads(output(python, script, *options)[-1])
+
+
+def absent(trl_python: str | None) -> Record:
+    """Why a peer cannot run, by name, from its imports alone: said before anything is timed.
+
+    Raises:
+        ValueError: the interpreter was asked for.
+    """
+    try:
+        output(trl_python or sys.executable, SCRIPTS[TRL], "--help")
+    except PeerFailed as error:
+        require(trl_python is None, f"--trl-python: {TRL} cannot run with {trl_python!r}: {error}")
+        print(f"{TRL} cannot run here ({error}): only fastppo is timed. --trl-python names an interpreter that has it")
+        return {TRL: str(error)}
+    return {}
+
+
+def in_turn(
+    options: argparse.Namespace, runs: list[list[str]], missing: Record
+) -> tuple[dict[str, list[dict[str, Any]]], Record]:
     """Every system's rows, a run of each after the other for each of `runs`; and why a peer has none.
 
     Raises:
         PeerFailed: fastppo's own run.
     """
-    pythons = {OURS: sys.executable, TRL: options.trl_python}
+    pythons = {OURS: sys.executable, TRL: options.trl_python or sys.executable}
     common = ["--threads", str(options.threads)]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SCRIPTS}
-    why: Record = {}
+    why = dict(missing)
     for round_, more in enumerate(runs):
         for name, script in SCRIPTS.items():
             if name in why:
@@ -77,11 +102,13 @@ def in_turn(options: argparse.Namespace, runs: list[list[str]]) -> tuple[dict[st
     return rows, why
 
 
-def speed(options: argparse.Namespace) -> list[Record]:
+def speed(options: argparse.Namespace, missing: Record) -> list[Record]:
     """Seconds of an iteration, all runs together, and the peak memory above the imports' own."""
     print("\nspeed")
     name = "quick" if options.quick else "speed"
-    rows, why = in_turn(options, [["--setting", name, "--iterations", str(options.iterations)]] * options.rounds)
+    rows, why = in_turn(
+        options, [["--setting", name, "--iterations", str(options.iterations)]] * options.rounds, missing
+    )
     setting = replace(SETTINGS[name], threads=options.threads)
     made = []
     for name in (name for name in SCRIPTS if name not in why):
@@ -100,12 +127,12 @@ def speed(options: argparse.Namespace) -> list[Record]:
     return made + [head("ppo_iteration", n, setting) | {"skipped": x} for n, x in {**why, **ELSEWHERE}.items()]
 
 
-def reward(options: argparse.Namespace) -> list[Record]:
+def reward(options: argparse.Namespace, missing: Record) -> list[Record]:
     """The mean reward at the end of training, over sampling seeds: the same problem has the same answer."""
     print(f"\nreward after {options.reward_iterations} iterations, {options.seeds} sampling seeds")
     name = "quick" if options.quick else "learning"
     common = ["--setting", name, "--iterations", str(options.reward_iterations)]
-    rows, why = in_turn(options, [[*common, "--sampling-seed", str(100 + i)] for i in range(options.seeds)])
+    rows, why = in_turn(options, [[*common, "--sampling-seed", str(100 + i)] for i in range(options.seeds)], missing)
     setting = replace(SETTINGS[name], threads=options.threads)
     ends = {name: [statistics.fmean(row["rewards"][-LAST:]) for row in found] for name, found in rows.items()}
     made = []
@@ -165,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_common(made)
     made.set_defaults(device="cpu")  # both systems are set up for one here
-    made.add_argument("--trl-python", default=sys.executable, help="an interpreter that has trl 1.12.0")
+    made.add_argument("--trl-python", help="an interpreter that has trl 1.12.0; default: this one")
     made.add_argument("--parts", nargs="+", choices=("speed", "reward"), default=["speed", "reward"])
     made.add_argument("--rounds", type=int, default=3, help="runs of each system")
     made.add_argument("--iterations", type=int, default=6, help="PPO iterations per run; the first is a warm-up")
@@ -179,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.quick:
         options.rounds, options.iterations, options.seeds, options.reward_iterations = 1, 3, 1, 3
     parts = {"speed": speed, "reward": reward}
+    missing = absent(options.trl_python)
     here = machine("cpu", options.seed, options.commit)  # measured before other processes run
-    lines = [line for part in options.parts for line in parts[part](options)]
+    lines = [line for part in options.parts for line in parts[part](options, missing)]
     show(lines)
     records.append(options.out, [line | {"machine": here} for line in lines])

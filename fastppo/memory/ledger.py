@@ -28,14 +28,13 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.label = label
         self.live, self.peak = Parts(), Parts()
+        self.history: list[list[Parts]] = []  # what lived at each moment of each section that `begin` began
         self._entries: dict[int, tuple[str, int]] = {}  # by storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._add(x)
-        self.note()
+        if [x for x in tree_leaves(out) if isinstance(x, Tensor) and self._add(x)]:
+            self.note()
         return out
 
     @contextmanager
@@ -46,6 +45,11 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             self.label = before
+
+    def begin(self) -> None:
+        """A section of the history: from here on every moment is kept."""
+        self.history.append([])
+        self.note()
 
     def tag(self, x: Tensor, label: str) -> None:
         """What `x` holds is called `label` from here on."""
@@ -58,18 +62,27 @@ class Ledger(TorchDispatchMode):
 
     def note(self, label: str = "", extra: int = 0) -> None:
         """Keep what lives now, with `extra` bytes of an operation at work, if it is more than ever."""
-        if self.live.total() + extra > self.peak.total():
-            self.peak = Parts({name: size for name, size in self.live.items() if size})
-            if extra:
-                self.peak[label] += extra
+        higher = self.live.total() + extra > self.peak.total()
+        if not (higher or self.history):
+            return
+        now = Parts({name: size for name, size in self.live.items() if size})
+        if extra:
+            now[label] += extra
+        if higher:
+            self.peak = now
+        if self.history:
+            self.history[-1].append(now)
 
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor) -> bool:
+        """Whether it is new memory."""
         storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self._entries and storage.nbytes():
-            self._entries[key] = (self.label, storage.nbytes())
-            self.live[self.label] += storage.nbytes()
-            weakref.finalize(storage, self._drop, key).atexit = False
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._entries or not size:
+            return False
+        self._entries[key] = (self.label, size)
+        self.live[self.label] += size
+        weakref.finalize(storage, self._drop, key).atexit = False
+        return True
 
     def _drop(self, key: int) -> None:
         label, size = self._entries.pop(key)

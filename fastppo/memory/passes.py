@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Concatenate, ParamSpec, TypeVar
@@ -14,18 +15,20 @@ from transformers.pytorch_utils import Conv1D
 from fastppo import attention, models
 from fastppo.config import LayersConfig, MemoryConfig, OptimizerConfig
 from fastppo.masters import make_weight
+from fastppo.memory import depth as depths
 from fastppo.memory.attention import OUTLINE, elsewhere
+from fastppo.memory.depth import History
 from fastppo.memory.head import head_bytes, policy_loss, value_loss
 from fastppo.memory.ledger import Ledger, Parts, dry_run
+from fastppo.memory.sizes import Sizes, moment_bytes
 from fastppo.microbatch import MicroBatch
 from fastppo.models.outline import Kind
 from fastppo.rollout.kv import Decode, KVRows, Prefill
 
 WEIGHTS, MASTERS, GRADIENTS, KV = "weights", "float32 masters", "gradients", "KV cache"
 ACTIVATIONS, BACKWARD, LOGITS = "activations", "backward of a layer", "logits"
-SMALLEST_QUANTIZED = 4096  # numbers of a weight; torchao keeps the moments of smaller ones in float32
 ROUNDING = 16  # bytes per number: the master made for the step, noise, their sum, and the rounded result
-PLAIN = LayersConfig()
+PLAIN, AVERAGE = LayersConfig(), OptimizerConfig()
 P = ParamSpec("P")
 T = TypeVar("T")
 NAMES = ("_name_or_path", "transformers_version", "architectures")  # of a config, and nothing of its shape
@@ -48,6 +51,16 @@ class Model:
     def __post_init__(self) -> None:
         said = {key: value for key, value in self.config.to_dict().items() if key not in NAMES}
         object.__setattr__(self, "shape", json.dumps(said, sort_keys=True, default=str))
+
+    def run(self, dry: Callable[["Model"], History]) -> History:
+        """A dry run, of few layers where the others are like them."""
+        every = self.layers.checkpoint_every if self.layers.checkpointing != "none" else 1
+        period, depth = math.lcm(sizes(self).period, every), depths.depth_of(self.config)
+
+        def of_layers(number: int | None) -> History:
+            return dry(self if number is None else replace(self, config=depths.cut(self.config, number)))
+
+        return depths.extrapolated(of_layers, depth, period)
 
     def outline(self, ledger: Ledger) -> PreTrainedModel:
         """The model, its weights in the ledger."""
@@ -82,12 +95,12 @@ def _adapted(model: PreTrainedModel, memory: MemoryConfig) -> PreTrainedModel:
 
 
 def _without_gradient(function: Callable[Concatenate[Model, P], T]) -> Callable[Concatenate[Model, P], T]:
-    """Remembered by all but what layers keep for a backward pass."""
+    """Remembered by all but what layers keep for a backward pass and what optimizers keep."""
     remembered = functools.cache(function)
 
     @functools.wraps(function)
     def call(model: Model, *args: P.args, **kwargs: P.kwargs) -> T:
-        model = model if model.layers == PLAIN else replace(model, layers=PLAIN)
+        model = replace(model, layers=PLAIN, optimizer=AVERAGE)
         return remembered(model, *args, **kwargs)  # pyright: ignore[reportArgumentType]  all are hashable
 
     return call
@@ -113,24 +126,13 @@ class Load:
         return MicroBatch(ids, positions, attention.plan([length] * self.sequences), rows, rows, rows, ids)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes that a role has all the time."""
-
-    weights: int
-    """Of the whole model, a base it shares included."""
-    trained: int
-    """Of those that learn."""
-    gradients: int
-    masters: int
-    moments: int
-    step: int
-    """While the optimizer steps, beside gradients: for weights that are stepped one at a time, those of the largest."""
-
-
-@_without_gradient
 def sizes(model: Model) -> Sizes:
     """What the weights take, and what their optimizer keeps of them."""
+    return _sizes(replace(model, layers=PLAIN))
+
+
+@functools.cache
+def _sizes(model: Model) -> Sizes:
     kind, rounds = model.optimizer.kind, model.optimizer.masters == "stochastic"
     with dry_run() as ledger:
         made = model.outline(ledger)
@@ -144,50 +146,61 @@ def sizes(model: Model) -> Sizes:
             masters=0 if rounds else 4 * sum(mixed) * on_device,
             moments=sum(moment_bytes(p.numel(), kind) for p in learning) * on_device,
             step=ROUNDING * max(mixed, default=0) if rounds else 0,
+            period=depths.period_of(made),
         )
 
 
-def moment_bytes(numel: int, kind: str) -> int:
-    """Both moments of one weight: float32, or codes with a float32 scale for each block and a table of values."""
-    block, bits = {"adamw-8bit": (256, 8), "adamw-4bit": (128, 4)}.get(kind, (0, 32))
-    if not block or numel < SMALLEST_QUANTIZED or numel % block:
-        return 8 * numel
-    return 2 * (numel * bits // 8 + 4 * (numel // block) + 4 * 2**bits)
-
-
-@functools.cache
 def gradient(model: Model, load: Load, *, accumulates: bool) -> Parts:
     """The peak of one micro-batch's forward and backward, weights and masters included.
 
     `accumulates`: it is not the first one of its minibatch, so that gradients are there before it.
     """
+    where = "adamw-cpu-offload" if model.optimizer.kind == "adamw-cpu-offload" else "adamw"
+    optimizer = OptimizerConfig(kind=where, masters=model.optimizer.masters)  # nothing else of it matters here
+    return _gradient(replace(model, optimizer=optimizer), load, accumulates)
+
+
+@functools.cache
+def _gradient(model: Model, load: Load, accumulates: bool) -> Parts:
     batch = load.batch()
-    with dry_run() as ledger:
-        made = model.outline(ledger)
-        _follow_gradients(made, model, ledger, there=accumulates)
-        with ledger.labelled(ACTIVATIONS):
-            loss = _loss(made, model, batch, ledger)
-        with ledger.labelled(BACKWARD):
-            loss.backward()
-    return ledger.peak
+
+    def dry(model: Model) -> History:
+        with dry_run() as ledger:
+            made = model.outline(ledger)
+            ledger.begin()
+            _follow_gradients(made, model, ledger, there=accumulates)
+            with ledger.labelled(ACTIVATIONS):
+                ledger.begin()
+                loss = _loss(made, model, batch, ledger)
+            with ledger.labelled(BACKWARD):
+                ledger.begin()
+                loss.backward()
+        return ledger.history
+
+    return depths.peak([parts for section in model.run(dry) for parts in section])
 
 
 @_without_gradient
 def forward(model: Model, load: Load) -> Parts:
     """The peak of scoring a micro-batch: log-probs, values or rewards; weights included."""
     batch = load.batch()
-    with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
-        made = model.outline(ledger)
-        if model.kind == "reward" and not models.is_decoder(made):
-            made(input_ids=batch.input_ids.view(load.sequences, -1))
-        else:
-            hidden = models.hidden_states(made, batch)
-            if model.kind == "policy":
-                hidden, head = hidden[batch.rows], models.lm_head(made)
-                ledger.note("LM head", head_bytes(hidden, head.weight, model.device, train=False))
+
+    def dry(model: Model) -> History:
+        with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
+            made = model.outline(ledger)
+            ledger.begin()
+            if model.kind == "reward" and not models.is_decoder(made):
+                made(input_ids=batch.input_ids.view(load.sequences, -1))
             else:
-                models.classify(made, hidden)
-    return ledger.peak
+                hidden = models.hidden_states(made, batch)
+                if model.kind == "policy":
+                    hidden, head = hidden[batch.rows], models.lm_head(made)
+                    ledger.note("LM head", head_bytes(hidden, head.weight, model.device, train=False))
+                else:
+                    models.classify(made, hidden)
+        return ledger.history
+
+    return depths.peak(model.run(dry)[0])
 
 
 @dataclass(frozen=True)
@@ -211,19 +224,26 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
     together = max(1, min(rows, prefill // prompt))
     packing, cells = attention.plan([prompt] * together), torch.arange(prompt).repeat(together)
     which = torch.arange(together).repeat_interleave(prompt)
-    with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
-        made = model.outline(ledger)
-        kv = _kv(made, rows, positions, ledger)
-        ids = torch.zeros(together * prompt, dtype=torch.int64)
-        hidden = _body(made, ids, cells, memory=Prefill(kv, which, cells), packing=packing)
-        _sample(made, hidden[torch.arange(together)], ledger)
-        del hidden
-        reading, ledger.peak, before = ledger.peak, Parts(), ledger.live.total()
-        ids, at = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), positions - 1)
-        hidden = _body(made, ids, at, memory=Decode(kv, at, positions), packing=None)
-        _sample(made, hidden, ledger)
-    largest = max(reading, ledger.peak, key=lambda parts: parts.total())
-    return Sampled(largest, ledger.peak.total() - before)
+
+    def dry(model: Model) -> History:
+        with dry_run() as ledger, torch.no_grad(), ledger.labelled(ACTIVATIONS):
+            made = model.outline(ledger)
+            ledger.begin()
+            kv = _kv(made, rows, positions, ledger)
+            ledger.begin()
+            ids = torch.zeros(together * prompt, dtype=torch.int64)
+            hidden = _body(made, ids, cells, memory=Prefill(kv, which, cells), packing=packing)
+            _sample(made, hidden[torch.arange(together)], ledger)
+            del hidden
+            ledger.begin()
+            ids, at = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), positions - 1)
+            hidden = _body(made, ids, at, memory=Decode(kv, at, positions), packing=None)
+            _sample(made, hidden, ledger)
+        return ledger.history
+
+    made, reading, decoding = model.run(dry)
+    most = depths.peak(decoding)
+    return Sampled(depths.peak([*made, *reading, *decoding]), most.total() - decoding[0].total())
 
 
 @_without_gradient

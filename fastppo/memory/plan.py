@@ -143,6 +143,14 @@ def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     return Plan(setting, tuple(made), budget, (here() - moments(here())).total(), in_host_memory(setting))
 
 
+def floor(setting: Setting) -> int:
+    """Bytes that the device must have whatever the portions are, from sizes alone: for each optimizer's step."""
+    here, critic = functools.partial(on_device, setting), setting.critic
+    steps = [here("policy_optimizer") + _step(setting.policy)]
+    steps += [here("critic", "critic_optimizer") + _step(critic)] if critic is not None else []
+    return _largest(steps).total() + CONTEXT[setting.device.type]
+
+
 def _scoring(setting: Setting) -> Iterator[Parts]:
     """One model after the other; what moves comes while the one before it is at work."""
     here, critic = functools.partial(on_device, setting), setting.critic

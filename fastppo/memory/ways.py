@@ -1,17 +1,19 @@
 """Ways to fit: changes of a run file's keys, the cheapest first, each tried by another plan."""
 
 import itertools
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.config_offload import OffloadConfig
-from fastppo.memory.plan import CONTEXT, Plan, Setting, make_plan
-from fastppo.memory.presence import on_device
+from fastppo.memory.plan import Plan, Setting, floor, make_plan
 from fastppo.memory.setting import setting_of
 
 MOST_WAYS, MOST_CHANGES = 3, 3
+SILENT_S = 5.0  # of a search
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
 KEYS = tuple(f.name for f in fields(OffloadConfig))
 
@@ -40,6 +42,7 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     Micro-batches and rows, which change no result, are made as small as it takes and left as large as they can be.
     """
     found: list[Way] = []
+    since, told = time.monotonic(), False
     device = plan.setting.device.type
     offloads = list(_offloads(config)) if device == "cuda" else []
     for changes in _combinations(offloads + list(_changes(config, device))):
@@ -47,6 +50,9 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
         if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
         made = _tried(config, keys, plan)
+        if not told and time.monotonic() > since + SILENT_S:
+            told = True
+            print("it does not fit; looking for settings that do", file=sys.stderr, flush=True)
         if made is not None:
             portions, fitted = made
             keys, fitted = _without_spare(config, keys, portions, fitted)
@@ -184,8 +190,7 @@ def _fitted(config: RunConfig, plan: Plan) -> tuple[dict[str, object], Plan] | N
     work, budget = plan.setting.work, plan.budget
     setting = setting_of(config, plan.setting.device, prompt_tokens=work.prompt)
     setting = replace(setting, work=replace(setting.work, sequences=work.sequences, minibatch=work.minibatch))
-    certain = on_device(setting).total() + CONTEXT[setting.device.type]
-    if certain > (budget or 0) or not make_plan(least(setting), budget).fits:
+    if floor(setting) > (budget or 0) or not make_plan(least(setting), budget).fits:
         return None
     keys: dict[str, object] = {}
     tokens, rows = setting.work.max_tokens, min(setting.work.max_rows, work.sequences)

@@ -142,8 +142,8 @@ class Decoder:
         rows = (torch.tensor(firsts) + start).repeat_interleave(torch.tensor(lengths)).to(device)
         ids = torch.tensor([token for p in prompts for token in p], device=device)
         packing = plan(lengths, device, recurring=True)
-        padded = (F.pad(x, (0, packing.padding)) for x in (ids, positions))
-        hidden = self._forward(*padded, Prefill(self.kv, rows, positions), packing)
+        memory, padding = Prefill(self.kv, rows, positions), (0, packing.padding)
+        hidden = self._forward(F.pad(ids, padding), F.pad(positions, padding), memory, packing)
         copies = [(start + firsts[j], start + k) for k, j in enumerate(which) if k != firsts[j]]
         if copies:
             sources, targets = torch.tensor(copies, device=device).unbind(1)

@@ -6,6 +6,7 @@ call therefore makes a manager of its own, without shared blocks, and puts back 
 without a word: whoever waits for a result looks whether it still runs.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from fastppo.protocols import OnFinish
 from fastppo.rollout.kv import kv_budget
 from fastppo.rollout.modes import eval_mode
 
+LOG = logging.getLogger("ContinuousBatchingLogger")  # transformers' own
 PAGE = 32  # tokens
 KNOWN = ContinuousBatchingConfig.__dataclass_fields__  # not the same in transformers 5.17 and 5.23
 PAGES = "page_size" if "page_size" in KNOWN else "block_size"
@@ -181,7 +183,7 @@ def _running(policy: Any, options: GenerationConfig, sizes: ContinuousBatchingCo
     """A manager whose thread runs; on an error it does not first answer the requests that are left."""
     manager, failed = policy.init_continuous_batching(options, sizes), True
     try:
-        manager.warmup()
+        _warm_up(manager)
         manager.start()
         yield manager
         failed = False
@@ -190,6 +192,28 @@ def _running(policy: Any, options: GenerationConfig, sizes: ContinuousBatchingCo
         if manager.is_running():  # `destroy` would wait for it, however long
             raise RolloutError(f"transformers' generate_batch did not stop within {STOP_S:.0f} s")
         manager.destroy()
+
+
+def _warm_up(manager: Any) -> None:
+    """Without what transformers logs in every call where psutil is not installed, of which it asks how much memory
+    there is: sizes are given here, so this only matters where it finds that they do not fit."""
+    held_back: list[str] = []
+
+    def hold_back(record: logging.LogRecord) -> bool:
+        if missing := "psutil" in record.getMessage():
+            held_back.append(record.getMessage())
+        return not missing
+
+    LOG.addFilter(hold_back)
+    try:
+        manager.warmup()
+    except MemoryError as error:
+        hints = "".join(f" ({hint})" for hint in held_back)
+        raise RolloutError(
+            f"transformers' generate_batch does not start: {error}: lower rollout.max_rows or rollout.kv_gib{hints}"
+        ) from error
+    finally:
+        LOG.removeFilter(hold_back)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fastppo.batch import FinishReason, Prompts, Rollout, Sampling
 from fastppo.checks import RolloutError, require
 from fastppo.config import VLLMConfig
 from fastppo.protocols import OnFinish
+from fastppo.rollout.rarely import Rarely
 from fastppo.rollout.seeds import request_seeds
 from fastppo.rollout.vllm_server import CONTROL_S, Failed, Server, Unreachable
 from fastppo.rollout.weights import PublishedWeights
@@ -85,7 +86,7 @@ class VLLMEngine:
         self.generator = torch.Generator().manual_seed(seed)
         self.version = 0
         self._one_at_a_time = threading.Lock()  # a rollout that runs ahead, an evaluation, and new weights
-        self._waiting = threading.Lock()
+        self._waiting, self._say = threading.Lock(), Rarely()
         self._closed, self._stopped = False, threading.Event()
 
     def sync_weights(self, policy: nn.Module, version: int) -> None:
@@ -241,7 +242,7 @@ class VLLMEngine:
 
     def _wait_for_one(self) -> Server:
         end, reason = time.monotonic() + self.config.wait_s, ""
-        print(f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one to come back", flush=True)
+        self._say("gone", f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one to come back")
         while time.monotonic() < end and not self._stopped.is_set():
             for server in self.servers:
                 try:
@@ -251,7 +252,7 @@ class VLLMEngine:
                     reason = str(error)
                     continue
                 server.version, server.down = None, False
-                print(f"rollout: {server.url} is back, it gets the weights again", flush=True)
+                self._say("back", f"rollout: {server.url} is back, it gets the weights again")
                 return server
             self._stopped.wait(POLL_S)
         raise RolloutError(
@@ -269,8 +270,9 @@ class VLLMEngine:
                 self._bring(server)
             except (Unreachable, Failed) as error:
                 server.down = self.config.sleep or isinstance(error, Unreachable)
-                print(f"rollout: {error}", flush=True)
+                self._say(server.url, f"rollout: {error}")
                 continue
+            self._say.anew(server.url, "gone", "back")
             require(
                 longest <= context,
                 f"a prompt and its response make {longest} tokens, more than the --max-model-len {context} of "
@@ -289,12 +291,10 @@ class VLLMEngine:
             try:
                 server.call("/sleep?level=1&mode=wait")
             except (Unreachable, Failed) as error:
-                print(f"rollout: {error}", flush=True)
+                self._say(f"{server.url} to sleep", f"rollout: {error}")
 
 
 def _end_of_sequence(tokens: list[int], stops: Sequence[Sequence[int]]) -> int | None:
     """Where the first stop sequence in `tokens` ends; None without one."""
-    for end in range(1, len(tokens) + 1):
-        if any(tokens[max(end - len(stop), 0) : end] == [*stop] for stop in stops):
-            return end
-    return None
+    ends = (n for n in range(1, len(tokens) + 1) if any(tokens[max(n - len(x), 0) : n] == [*x] for x in stops))
+    return next(ends, None)
