@@ -49,13 +49,13 @@ class Checkpoint:
         return self.numbers["step"]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of state.safetensors one at a time, sorted by name, in host memory."""
+        """The tensors of state.safetensors one at a time, in host memory, a parameter's side by side."""
         require(
             (self.path / TENSORS).is_file(),
             f"rank {distributed.rank()} finds no {self.path / TENSORS}: every rank reads it",
         )
         with safe_open(self.path / TENSORS, "pt") as file:
-            for name in sorted(file.keys()):
+            for name in sorted(file.keys(), key=lambda name: name.split("/")):
                 yield name, file.get_tensor(name)
 
 

@@ -251,7 +251,7 @@ class PPOEngine:
         """Go on where `state` and `tensors` were taken.
 
         Args:
-            tensors: sorted by name.
+            tensors: those of a role one after the other, and so those of a parameter.
 
         Raises:
             ValueError: they are of another model.
@@ -283,11 +283,11 @@ class PPOEngine:
         """Of each role that skipped a step in the last update: how many in a row by now, and why the last one."""
         return {name: (role.skipped_in_a_row, role.fault) for name, role in self._roles() if role.fault}
 
-    def _portions(self) -> dict[str, float]:
-        """What is left of micro-batches and rows where memory ran out; nothing in a run where it never did."""
+    @property
+    def portions(self) -> dict[str, Portion]:
+        """What is halved where memory runs out, on this rank."""
         rows: Portion | None = getattr(self.rollout_engine, "rows", None)
-        named = {"memory/max_tokens_per_microbatch": self.budget, "memory/max_rows": rows}
-        return {name: float(x.size) for name, x in named.items() if x is not None and x.failures}
+        return {"max_tokens_per_microbatch": self.budget} | ({} if rows is None else {"max_rows": rows})
 
     def _roles(self) -> list[tuple[str, Trainable]]:
         """The models that learn, in alphabetical order, as checkpoints have them."""
@@ -348,7 +348,7 @@ class PPOEngine:
             metrics[f"{name}/lr"] = role.rate
             metrics[f"{name}/skipped_steps"] = float(role.skipped)
             role.next_iteration()
-        metrics |= self._portions()
+        metrics |= {f"memory/{name}": float(x.size) for name, x in self.portions.items() if x.failures}
         self.version += 1
         self.rollout_engine.sync_weights(self.policy, self.version)
 

@@ -68,7 +68,7 @@ def score(run: "Run", rollout: Rollout, early: EarlyScores | None) -> Scores:
 def _generate(run: "Run") -> tuple[Rollout, EarlyScores | None]:
     if run.kept is not None:
         rollout = run.kept.rollout(next(run.prompts)).to(run.engine.policy.device)
-        set_rng(run, run.kept.numbers["rng"])
+        set_state_of_rank(run, run.kept.numbers["rng"])
         if distributed.rank() == 0:
             what = "rollout" if run.kept.numbers["scores"] is None else "rollout and scores"
             print(f"resume: took the {what} of iteration {run.step + 1} that was finished", flush=True)
@@ -115,15 +115,20 @@ def find(run: "Run") -> Kept | None:
         return None
 
 
-def rng(run: "Run") -> dict[str, Any]:
-    """Every random generator of this rank, as JSON."""
-    return {"global": checkpoint.rng_state(), "engine": checkpoint.pack(run.engine.generator.get_state())}
+def state_of_rank(run: "Run") -> dict[str, Any]:
+    """What each rank has of its own, as JSON: every random generator, and what is left of portions."""
+    portions = {name: portion.state() for name, portion in run.engine.portions.items()}
+    generator = checkpoint.pack(run.engine.generator.get_state())
+    return {"global": checkpoint.rng_state(), "engine": generator, "portions": portions}
 
 
-def set_rng(run: "Run", state: dict[str, Any]) -> None:
-    """Back to what `rng` returned."""
+def set_state_of_rank(run: "Run", state: dict[str, Any]) -> None:
+    """Back to what `state_of_rank` returned."""
     run.engine.generator.set_state(checkpoint.unpack(state["engine"]))
     checkpoint.set_rng_state(state["global"])
+    saved = state.get("portions", {})  # those of an earlier version have none
+    for name in saved.keys() & run.engine.portions.keys():
+        run.engine.portions[name].load(saved[name])
 
 
 def _keep(run: "Run", rollout: Rollout, scores: Scores | None) -> None:
@@ -136,7 +141,7 @@ def _keep(run: "Run", rollout: Rollout, scores: Scores | None) -> None:
         tensors |= {"scores": scores.sequences} | {f"part/{i}": part for i, part in enumerate(scores.parts.values())}
         tensors |= {} if scores.tokens is None else {"token_scores": scores.tokens}
         facts = {"parts": list(scores.parts), "counts": scores.counts}
-    numbers = {"follows": run.boundary["id"], "rollout": _facts(rollout), "scores": facts, "rng": rng(run)}
+    numbers = {"follows": run.boundary["id"], "rollout": _facts(rollout), "scores": facts, "rng": state_of_rank(run)}
     run.kept = Kept(numbers, tensors)
     write(run)
 

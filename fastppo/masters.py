@@ -122,7 +122,7 @@ def _sent(gradient: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Ev
         return gradient, None
     there = torch.empty_like(gradient, device=device, pin_memory=True).copy_(gradient, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(gradient.device))  # which is the copy's; another GPU may be the current one
     return there, event
 
 

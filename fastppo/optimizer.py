@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -99,8 +100,8 @@ class Trainable:
         return {name: x.clone() for name, x in self.state().items()}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Bitwise back to where `snapshot` was taken."""
-        self.load((name, x.clone()) for name, x in snapshot.items())
+        """Bitwise back to where `snapshot` was taken. It is empty afterwards: its moments are the optimizer's."""
+        self.load((name, snapshot.pop(name)) for name in list(snapshot))
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimizer moments by parameter name: `<name>` and `<name>/<moment>`, not copied."""
@@ -110,31 +111,38 @@ class Trainable:
             out |= {f"{name}/{key}": x for key, x in plain_tensors(self.optimizer.state.get(weight.master, {}))}
         return out
 
-    @torch.no_grad()
     def load(self, state: Iterable[tuple[str, Tensor]]) -> None:
-        """The inverse of `state`, one tensor at a time; moments are kept, not copied, where they are on the device.
+        """The inverse of `state`, one parameter at a time; moments are kept, not copied, where they are on the device.
+
+        Args:
+            state: a parameter and its moments one after the other, in any order.
 
         Raises:
             ValueError: names or shapes are not those of this model.
         """
         self.optimizer_at.arrive()
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in state:
-            name, _, moment = key.partition("/")
-            require(name in self.weights, f"the checkpoint has a parameter {name!r} that the model has not")
-            weight = self.weights[name]
-            found = moments.setdefault(name, {})
-            if moment:
-                found[moment] = placed(moment, value, weight.master.device, self.config.kind)
-                continue
-            shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(weight.parameter.shape)} in the model"
-            require(value.shape == weight.parameter.shape, f"parameter {name!r} has shape {shapes}")
-            weight.kept.copy_(value)
-        missing = [name for name in self.weights if name not in moments]
-        require(not missing, f"the checkpoint lacks {len(missing)} parameters of the model, {missing[:3]} first")
-        for name, weight in self.weights.items():
-            self.optimizer.state[weight.master] = state_from(moments[name], weight.parameter.shape, self.config.kind)
-            weight.publish()
+        missing = set(self.weights)
+        for name, found in groupby(state, lambda item: item[0].partition("/")[0]):
+            require(name in missing, f"the checkpoint has a parameter {name!r} that the model has not, or has it twice")
+            missing.remove(name)
+            self._load_weight(name, {key.partition("/")[2]: value for key, value in found})
+        first = sorted(missing)[:3]
+        require(not missing, f"the checkpoint lacks {len(missing)} parameters of the model, {first} first")
+
+    @torch.no_grad()
+    def _load_weight(self, name: str, found: dict[str, Tensor]) -> None:
+        """One parameter, "", and its moments by name. The old moments are gone before there are new ones."""
+        weight, value = self.weights[name], found.pop("", None)
+        require(value is not None, f"the checkpoint lacks the parameter {name!r} itself, it has only its moments")
+        assert value is not None
+        shapes = f"{tuple(value.shape)} in the checkpoint and {tuple(weight.parameter.shape)} in the model"
+        require(value.shape == weight.parameter.shape, f"parameter {name!r} has shape {shapes}")
+        weight.kept.copy_(value)
+        weight.publish()
+        self.optimizer.state[weight.master] = {}
+        kind, device = self.config.kind, weight.master.device
+        moments = {moment: placed(moment, x, device, kind) for moment, x in found.items()}
+        self.optimizer.state[weight.master] = state_from(moments, weight.parameter.shape, kind)
 
     def _step_weights(self) -> None:
         """Those that wait come one at a time, each with its master, its gradient and its moments."""

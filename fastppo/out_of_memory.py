@@ -4,7 +4,7 @@ Portions decide how much is in memory at a time and nothing else, so what is red
 rounding. Nothing here runs while memory suffices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -37,6 +37,16 @@ class Portion:
 
     def __post_init__(self) -> None:
         self.limit = self.size
+
+    def state(self) -> list[int]:
+        """What `load` puts back; JSON."""
+        return [self.limit, self.size, self.failures]
+
+    def load(self, state: Sequence[int]) -> None:
+        """Go on in the portions of `state`, unless the config says something else than it did: then that is tried."""
+        limit, size, failures = state
+        if limit == self.limit:
+            self.size, self.failures = size, failures
 
     def run(
         self,

@@ -94,7 +94,7 @@ def mark(run: Run, step: int) -> None:
         "versions": _versions(),
         "engine": run.engine.state(),
         "prompts": {"position": run.rollouts.position, "fingerprint": run.prompts.fingerprint},
-        "rng": distributed.gather(kept_rollout.rng(run)),
+        "rng": distributed.gather(kept_rollout.state_of_rank(run)),
         "watch": run.watch.state(),
         "best": run.best,
         "rolled_back_to": run.rolled_back_to,
@@ -119,7 +119,7 @@ def restore(run: Run, found: Checkpoint) -> None:
     run.watch.load(numbers["watch"])
     has_best = (run.folder / "checkpoints" / "best").exists()  # it is set aside when it is of another future
     run.best, run.rolled_back_to = numbers["best"] if has_best else None, numbers["rolled_back_to"]
-    kept_rollout.set_rng(run, rng[distributed.rank()])
+    kept_rollout.set_state_of_rank(run, rng[distributed.rank()])
     mark(run, found.step)
     assert run.boundary is not None
     run.boundary["id"], run.saved = numbers["id"], True

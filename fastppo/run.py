@@ -118,7 +118,7 @@ def build(config: RunConfig, lock: IO[str] | None = None, *, kept: int = 0) -> R
     )
     for model in (engine.policy, engine.critic, engine.reference):
         if model is not None:
-            models.fuse_layers(model, config.layers)
+            models.fuse_layers(model, config.layers, device)
     _seed(config.seed + distributed.rank())  # again: how much loading drew must not matter to what rewards draw
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

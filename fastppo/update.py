@@ -95,6 +95,7 @@ def _train_policy(
                 if before:
                     policy.restore(before)
                 break
+            before.clear()  # there is room for one
             before = policy.snapshot() if config.roll_back else {}
             norm = policy.step(stats["policy_loss_sum"] + stats["kl_loss_sum"])
             if norm < math.inf:  # else the step was skipped

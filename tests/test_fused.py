@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastppo import LayersConfig, models
 from fastppo.attention import dense_attention
 from fastppo.microbatch import gather
 from fastppo.models import fused
+from fastppo.run import build
 from fastppo.score import action_logprobs
 from fastppo.trainer import train
 from numerics import assert_as_accurate
@@ -67,6 +69,19 @@ def test_compiled_layers_fit_every_micro_batch_and_keep_the_ratio_at_1(checkpoin
     assert policy.config._attn_implementation == fused.UNTRACED
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_layer_is_inside_its_checkpoint(checkpointing: bool) -> None:
+    """Whether transformers puts the checkpoint around a layer's call, as 5.17 does, or around its forward."""
+    layers = tiny.LAYERS[checkpointing]
+    policy, calls = tiny.policy(layers=layers), Counter()
+    models.fuse_layers(policy, LayersConfig(fused="compile"))
+    for i, layer in enumerate(policy.base_model.layers):  # pyright: ignore[reportArgumentType]
+        layer.self_attn.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))  # pyright: ignore
+    with torch.compiler.set_stance("force_eager"):
+        assert_same_numbers(policy, "llama", layers, ROWS[0])
+    assert calls == {0: 1 + checkpointing, 1: 1 + checkpointing}
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter, with what it lacks for Liger: scalars as a GPU gets them, and libdevice's rsqrt."""
@@ -111,3 +126,24 @@ def test_liger_needs_a_gpu_and_the_package(
     with pytest.raises(ValueError, match=said):
         models.fuse_layers(tiny.policy(), LayersConfig(fused="liger"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_waits_in_host_memory_is_fused_for_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reference or a critic that [offload] has sent away by then."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found("json" if name == "liger_kernel" else name))
+    given: list[Any] = []
+    monkeypatch.setattr(fused, "use_liger", given.append)
+    policy = tiny.policy()
+    models.fuse_layers(policy, LayersConfig(fused="liger"), torch.device("cuda"))
+    assert given == [policy] and policy.device.type == "cpu"
+
+
+def test_a_run_fuses_every_model_for_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fastppo.run.require_gpu", lambda config, device: None)
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(models, "fuse_layers", lambda *arguments: given.append(arguments))
+    run = build(runs.config(tmp_path, offload={"reference": "move", "critic": "move"}))
+    run.close()
+    roles = (run.engine.policy, run.engine.critic, run.engine.reference)
+    assert given == [(model, run.config.layers, run.engine.policy.device) for model in roles]

@@ -123,6 +123,30 @@ def test_activations_of_a_cpu_are_not_offloaded(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_activations_go_to_the_host_once_per_layer_that_recomputes(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without pinned memory, which it has not; gradients bit for bit."""
+    sent: list[torch.Size] = []
+
+    class Unpinned(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool, device_type: str) -> None:
+            super().__init__(self.send, lambda x: x)
+
+        def send(self, x: torch.Tensor) -> torch.Tensor:
+            sent.append(x.shape)
+            return x.clone()
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Unpinned)
+    offload = LayersConfig(checkpointing="full", checkpoint_every=every, offload_activations=True)
+    batch, found = gather(trajectories(), range(8)), []
+    for layers in (LayersConfig(), offload):
+        model = tiny.policy(layers=layers)
+        models.hidden_states(model, batch).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert largest_gap(*found) == 0
+    assert len(sent) == 2 // every and {shape[-1] for shape in sent} == {model.config.hidden_size}
+
+
 def planned(layers: LayersConfig) -> int:
     """Bytes that a forward of 4096 tokens through 8 layers like Qwen2.5-0.5B's leaves, as a GPU has them."""
     config: Any = models.read_config(str(SHAPES / "qwen2.5-0.5b"), False)

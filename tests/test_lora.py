@@ -3,17 +3,15 @@
 import copy
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import runs
 import tiny
+from adapters import SMALL, adapted, logprobs, resident_bytes, step, stirred
 from batches import (
     SCORES,
     assert_same_numbers,
@@ -27,49 +25,14 @@ from batches import (
     weights,
     with_random_head,
 )
-from fastppo import PPOEngine, RewardModel, Sampling, models, train
-from fastppo.config import MemoryConfig, ModelConfig
+from fastppo import Sampling, models
+from fastppo.config import MemoryConfig
 from fastppo.microbatch import gather
-from fastppo.resume import LATEST
 from fastppo.rollout import EmbeddedEngine
 from fastppo.run import build
 from fastppo.score import action_logprobs
-from test_checkpoint import assert_same_run, back_to
 
 peft = pytest.importorskip("peft", reason="pip install 'fastppo[lora]'")
-
-SMALL = MemoryConfig(share="lora", lora_rank=4)
-
-
-def adapted(architecture: str = "llama", *, moved: bool = False, **kwargs: Any) -> Any:
-    """A policy with adapters; `moved`: that do something."""
-    policy = models.adapt(tiny.policy(architecture, **kwargs), SMALL)
-    return stirred(policy) if moved else policy
-
-
-def stirred(model: Any, seed: int = 0) -> Any:
-    """Adapters as after some training: B is not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".lora_B." in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def logprobs(model: Any) -> torch.Tensor:
-    return action_logprobs(model, trajectories(), temperature=1.0, max_tokens=100)
-
-
-def step(made: PPOEngine, seed: int = 0) -> dict[str, float]:
-    return made.update(made.score(trajectories(seed=seed), SCORES))
-
-
-def resident_bytes(*roles: Any) -> int:
-    """Of every storage that a parameter or a buffer of these models lies in, once."""
-    tensors = (t for model in roles for t in (*model.parameters(), *model.buffers()))
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def test_four_roles_weigh_what_one_does(tmp_path: Path) -> None:
@@ -290,105 +253,6 @@ def test_the_seed_fixes_the_adapters_and_the_global_generator_is_not_touched() -
     state = torch.get_rng_state()
     models.adapt(base, SMALL, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_what_is_saved_is_what_was_trained(architecture: str, tmp_path: Path) -> None:
-    """As plain checkpoints for everybody, and as adapters in peft's format; the base is left as it is."""
-    tiny.raw_lm(architecture).save_pretrained(tmp_path / "base")
-    base = ModelConfig(path=str(tmp_path / "base"))
-    made = (
-        with_random_head(engine(models.adapt(models.load_policy(base), SMALL)))
-        if architecture != "gpt2"
-        else engine(models.adapt(models.load_policy(base), SMALL))
-    )
-    for model in (made.policy, made.critic):
-        stirred(model)
-    before = weights(made.policy)
-    made.save(tmp_path)
-    assert equal_weights(weights(made.policy), before)
-    expected = [logprobs(made.policy), models.values(made.critic, gather(trajectories(), range(8)))]  # pyright: ignore
-    plain = models.load_policy(ModelConfig(path=str(tmp_path / "policy")))
-    critic = models.load_critic(str(tmp_path / "critic"))
-    assert weights(plain).keys() == weights(tiny.policy(architecture)).keys()
-    torch.testing.assert_close(logprobs(plain), expected[0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        models.values(critic, gather(trajectories(), range(8))), expected[1], atol=1e-4, rtol=1e-4
-    )
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    loaded: Any = peft.PeftModel.from_pretrained(lm, str(tmp_path / "policy" / "adapter"))
-    torch.testing.assert_close(logprobs(models.prepare_policy(loaded)), expected[0], atol=1e-5, rtol=0)
-    body = AutoModelForTokenClassification.from_pretrained(tmp_path / "base", num_labels=1)
-    valued: Any = peft.PeftModel.from_pretrained(body, str(tmp_path / "critic" / "adapter")).merge_and_unload()
-    values = models.values(models.prepare(valued), gather(trajectories(), range(8)))
-    torch.testing.assert_close(values, expected[1], atol=1e-4, rtol=1e-4)
-
-
-def test_merging_in_bfloat16_rounds_once() -> None:
-    """The copy, not the base: W + B A in float32, then bfloat16."""
-    policy = stirred(models.adapt(bfloat16(tiny.policy()), SMALL))
-    before, merged = weights(policy), models.plain_weights(policy)
-    layer: Any = policy.model.layers[0].self_attn.q_proj
-    change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (32 / 4)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(merged[name], (layer.base_layer.weight.float() + change).bfloat16())
-    assert merged.keys() == bfloat16(tiny.policy()).state_dict().keys()
-    assert equal_weights(weights(policy), before)
-    shared = [k for k, w in merged.items() if any(w.data_ptr() == p.data_ptr() for p in policy.parameters())]
-    assert {*merged} - {*shared} == {k for k in merged if "proj" in k}
-
-
-def test_a_reward_adapter_scores_as_peft_does(tmp_path: Path) -> None:
-    """A classifier's adapter and head on the policy's base, trained elsewhere; no tensor of the base is copied."""
-    path = str(tmp_path / "reward")
-    tiny.raw_lm().save_pretrained(tmp_path / "base")
-    raw = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
-    theirs = stirred(peft.get_peft_model(raw, peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear")))
-    theirs.save_pretrained(path)
-    theirs.base_model.model.config.pad_token_id = 0
-    policy = models.adapt(models.load_policy(ModelConfig(path=str(tmp_path / "base"))), SMALL)
-    reward = models.load_reward_model(path, base=policy)
-    rows = [[*p, *r] for p, r in trajectories().sequences()]
-    with torch.no_grad():
-        expected = [float(theirs.eval()(input_ids=torch.tensor([ids])).logits[0, 1]) for ids in rows]
-    ours = RewardModel(reward, label=1)._score(rows)
-    assert ours == pytest.approx(expected, abs=1e-5)
-    assert resident_bytes(policy, reward) < 1.5 * resident_bytes(policy)
-    assert not any(p.requires_grad for p in reward.parameters()) and len(engine(policy)._policy.weights) == 28
-    with pytest.raises(ValueError, match="is an adapter, which needs a base: set memory.share = 'lora'"):
-        models.load_reward_model(path)
-    models.save(tiny.policy(), tmp_path / "other")
-    other = models.adapt(models.load_policy(ModelConfig(path=str(tmp_path / "other"))), SMALL)
-    with pytest.raises(ValueError, match="was trained on '.*base', the base here is '.*other'"):
-        models.load_reward_model(path, base=other)
-
-
-SHARED: dict[str, Any] = {
-    "memory": {"share": "lora", "lora_rank": 4},
-    "rewards": [{"kind": "function", "target": "runs:noisy"}],
-    "train": {"total_steps": 4, "eval_every": 3, "save_every": 2, "keep_last": 0},
-}
-
-
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_a_resumed_run_is_the_undisturbed_run(dtype: str, tmp_path: Path) -> None:
-    """And only what trains is in its state: the base is where the run file says."""
-    settings = runs.merged(SHARED, {"policy": {"path": runs.checkpoint(tmp_path / "policy"), "dtype": dtype}})
-    config = runs.config(tmp_path, **settings)
-    undisturbed = train(config)
-    shutil.copytree(undisturbed, tmp_path / "again")
-    back_to(tmp_path / "again", 2)
-    again = runs.config(tmp_path, **runs.merged(settings, {"out": str(tmp_path / "again")}))
-    assert_same_run(undisturbed, train(again, resume=LATEST))
-    final = undisturbed / "checkpoints" / "final"
-    state = load_file(final / "state.safetensors")
-    assert {k for k in state if "/" not in k.partition("/")[2] and "lora_" not in k} == {
-        *("critic/score.weight", "critic/score.bias")
-    }
-    trained = [AutoModelForCausalLM.from_pretrained(p) for p in (final / "policy", tmp_path / "policy")]
-    assert largest_gap(*(weights(model) for model in trained)) > 0
-    with pytest.raises(ValueError, match="memory.lora_rank was 4, is 8"):
-        train(runs.config(tmp_path, **runs.merged(settings, {"memory": {"lora_rank": 8}})), resume=LATEST)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The optimizer: schedules, Adam's first step, bfloat16 weights, clipping, and steps that are skipped."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tiny
 from batches import (
@@ -16,6 +18,7 @@ from batches import (
     with_random_head,
 )
 from fastppo import OptimizerConfig, PPOEngine
+from fastppo.masters import gradients_where_masters_are
 from fastppo.optimizer import learning_rate_factor
 
 
@@ -113,3 +116,17 @@ def test_a_gradient_that_is_not_finite_is_skipped(role: str, value: float) -> No
     step(made)
     assert not equal_weights(weights(model), before[role])
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_gradient_is_in_host_memory_when_its_own_gpu_has_copied_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another GPU is the current one, whose stream knows nothing of the copy."""
+    asked: list[Any] = []
+    event = SimpleNamespace(record=lambda *streams: asked.extend(streams), synchronize=lambda: asked.append("waited"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    second = torch.device("cuda", 1)
+    with FakeTensorMode() as mode:
+        gradient = FakeTensor(mode, torch.empty(3, device="meta"), second)
+        weight: Any = SimpleNamespace(gradient=SimpleNamespace(grad=gradient), master=torch.empty(3))
+        ((_, there),) = gradients_where_masters_are([weight])
+    assert there.device.type == "cpu" and asked == [second, "waited"]

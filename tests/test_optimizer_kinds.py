@@ -1,10 +1,13 @@
 """Whatever form weights and moments are kept in: small steps arrive, and a skip, a roll-back and a resume are exact."""
 
+import gc
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from batches import bfloat16, engine, equal_weights, trajectories
 from fastppo import OptimizerConfig
 from fastppo.adamw import make_adamw
 from fastppo.masters import make_weight, stochastically_rounded
+from fastppo.memory.ledger import Ledger
 from fastppo.optimizer import Trainable, make_trainable
 from fastppo.run import build
 
@@ -165,6 +169,26 @@ def test_a_roll_back_is_bitwise(kind: str, masters: str, done: int) -> None:
     assert equal_weights(everything(made), before)
     other = run(trainable(kind, masters), range(done))
     assert equal_weights(everything(run(made, range(3, 5))), everything(run(other, range(3, 5))))
+
+
+@pytest.mark.parametrize("kind", ["adamw", *QUANTIZED])
+@pytest.mark.parametrize("source", ["snapshot", "checkpoint", "checkpoint of a run that begins"])
+def test_what_is_put_back_takes_the_place_of_what_was_there(source: str, kind: str) -> None:
+    """One parameter of sixteen at a time: never two more than there are before or afterwards, by the memory handed
+    out."""
+    names = [f"p{i:02}" for i in range(16)]
+    with patch.dict(SHAPES, dict.fromkeys(names, (64, 128))), Ledger() as ledger:
+        made = run(trainable(kind, "float32", torch.float32, names=names), range(1))
+        state = made.snapshot()
+        one = sum(x.numel() * x.element_size() for x in state.values()) // len(names)
+        if source == "checkpoint of a run that begins":
+            made = trainable(kind, "float32", torch.float32, names=names)
+        gc.collect()
+        before, ledger.peak = ledger.live.total(), Counter()
+        made.restore(state) if source == "snapshot" else made.load((name, x.clone()) for name, x in state.items())
+        gc.collect()
+        assert ledger.peak.total() - max(before, ledger.live.total()) <= 2 * one
+    assert (not state) == (source == "snapshot")
 
 
 @forms

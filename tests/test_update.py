@@ -20,6 +20,7 @@ from batches import (
 )
 from fastppo import PPOConfig, PPOEngine, update
 from fastppo.aggregate import sequence_index
+from fastppo.memory.ledger import Ledger
 from fastppo.microbatch import microbatches
 
 
@@ -99,6 +100,21 @@ def test_target_kl_stops_the_update(roll_back: bool) -> None:
     assert metrics["policy/early_stop"] == 1.0 and metrics["policy/steps"] == 1.0
     assert metrics["policy/kl_at_stop"] > 1e-4
     assert equal_weights(weights(made.policy), before if roll_back else weights(single.policy))
+
+
+def test_roll_back_holds_one_copy_of_weights_and_moments() -> None:
+    """Of those before the last step, and no second one while that is made or put back; by the memory handed out."""
+    peaks, copy = [], 0
+    for settings in ({}, {"roll_back": True, "target_kl": 1e9}, {"roll_back": True, "target_kl": 0.01}):
+        with Ledger() as ledger:
+            made = engine(ppo={"num_epochs": 4, "num_minibatches": 2, "max_tokens_per_microbatch": 15, **settings})
+            experience = made.score(trajectories(), SCORES)
+            metrics = made.update(experience)
+            peaks.append(ledger.peak.total())
+        stops = settings.get("target_kl") == 0.01
+        assert metrics["policy/early_stop"] == float(stops) and (not stops or metrics["policy/steps"] > 1)
+        copy = sum(x.numel() * x.element_size() for x in made._policy.state().values())
+    assert 0.5 * copy < peaks[1] - peaks[0] <= 1.01 * copy and peaks[2] <= 1.01 * peaks[1]
 
 
 def test_roll_back_also_restores_the_optimizer() -> None:

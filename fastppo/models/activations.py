@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastppo.checks import require
 from fastppo.config import LayersConfig
@@ -31,15 +30,8 @@ def keep_activations(model: PreTrainedModel, config: LayersConfig) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if config.checkpointing == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    if hasattr(model, "activation_checkpointing_enable"):
-        every, offload = config.checkpoint_every, config.offload_activations
-        model.activation_checkpointing_enable(options, every_n_layers=every, offload=offload)
-        return
-    require(not config.offload_activations, "layers.offload_activations needs transformers >= 5.23: set it to false")
-    model.gradient_checkpointing_enable(options)
-    layers = (layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer))
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i % config.checkpoint_every == 0
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
+    enable(options, every_n_layers=config.checkpoint_every, offload=config.offload_activations)
 
 
 def require_a_gpu(config: LayersConfig, device: torch.device) -> None:

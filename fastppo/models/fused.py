@@ -17,6 +17,7 @@ from fastppo.checks import require
 from fastppo.config import LayersConfig
 from fastppo.models.prepare import Linear
 
+CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)  # of layers: transformers 5.17; 5.23 forwards
 VARIANTS = 64  # of one layer's code: gradients or not, sampling, with adapters or without
 
 
@@ -36,15 +37,18 @@ def require_fused(config: LayersConfig, device: torch.device) -> None:
     )
 
 
-def fuse_layers(model: PreTrainedModel, config: LayersConfig) -> None:
+def fuse_layers(model: PreTrainedModel, config: LayersConfig, home: torch.device | None = None) -> None:
     """Change how this model, and no other of its class, computes its layers. A copy of it has to be changed by itself.
 
     Scoring and training go through the same layers, so the ratio of a policy to itself stays what it was.
 
+    Args:
+        home: where it computes, which is not where it is while it waits in host memory; None: where it is.
+
     Raises:
         ValueError: as `require_fused`, or Liger does not know the architecture.
     """
-    require_fused(config, model.device)
+    require_fused(config, home or model.device)
     if config.fused == "liger":
         use_liger(model)
     elif config.fused == "compile":
@@ -60,9 +64,10 @@ def compile_layers(model: PreTrainedModel) -> None:
         if type(module) is Linear:
             module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]  the compiler has its own products
         if isinstance(module, GradientCheckpointingLayer):
-            plain: Any = vars(type(module).forward)["__wrapped__"]  # without the checkpoint around it
+            forward = type(module).forward
+            plain: Any = forward if CHECKPOINTS_CALLS else vars(forward)["__wrapped__"]  # without the checkpoint around
             compiled: Any = torch.compile(plain, dynamic=True, recompile_limit=VARIANTS)  # pyright: ignore
-            module.forward = MethodType(_checkpointed(compiled), module)
+            module.forward = MethodType(compiled if CHECKPOINTS_CALLS else _checkpointed(compiled), module)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,16 +95,17 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state_dict of `model` without adapters, W + B A * alpha / rank for W, computed in float32 and rounded once.
 
-    The model is left as it is. What adapters change comes in host memory, what they do not is not copied.
+    The model is left as it is. What adapters change is merged in host memory, one layer at a time, wherever base and
+    adapters are; what they do not is not copied.
     """
     if not is_adapted(model):
         return model.state_dict()
     out = bare(model).state_dict()
     for name, layer in _adapted_layers(model):
-        merged = copy.deepcopy(layer).float()
+        merged = _on_host(layer)
         merged.merge()
         for key, weight in merged.get_base_layer().state_dict().items():
-            out[f"{name}.{key}"] = weight.to("cpu", out[f"{name}.{key}"].dtype)
+            out[f"{name}.{key}"] = weight.to(out[f"{name}.{key}"].dtype)
     return out
 
 
@@ -163,6 +164,14 @@ def _around_the_tensors_of(model: PreTrainedModel, *, trainable: bool) -> PreTra
     """New modules around the same tensors; those that learn are copied unless `trainable`."""
     shared = [p for p in model.parameters() if trainable or not p.requires_grad] + list(model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _on_host(layer: nn.Module) -> Any:
+    """A copy in host memory, in float32; where `layer` is, which may be more than one device, nothing is made."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    copies = {id(x): torch.empty_like(x, dtype=torch.float32, device="cpu").copy_(x) for x in tensors}
+    parameters = {id(x): nn.Parameter(copies[id(x)], requires_grad=False) for x in layer.parameters()}
+    return copy.deepcopy(layer, copies | parameters)
 
 
 def settings_of(model: Any) -> tuple[str, Any]:

@@ -21,6 +21,7 @@ from batches import (
 )
 from fastppo import LayersConfig, OptimizerConfig, models
 from fastppo.config import MemoryConfig
+from fastppo.masters import gradients_where_masters_are, make_weight
 from fastppo.optimizer import Trainable, make_trainable
 from fastppo.score import action_logprobs
 
@@ -133,3 +134,19 @@ def test_fused_layers_are_of_one_model_and_the_ratio_stays_1(fused: Any) -> None
     logged = made.update(made.score(made.generate(prompts()), SCORES))
     assert logged["val/ratio_max_first"] == 1.0 and logged["policy/skipped_steps"] == 0
     assert torch.equal(action_logprobs(plain, given, temperature=1.0, max_tokens=100), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_masters_of_a_model_on_another_gpu_than_the_current_one_get_whole_gradients() -> None:
+    """The copy begins behind work that the other GPU's stream still has before it."""
+    there = torch.device("cuda", 1)
+    config = OptimizerConfig(kind="adamw-cpu-offload")
+    weights = [make_weight(torch.nn.Parameter(torch.zeros(4096, 4096, device=there)), config) for _ in range(4)]
+    busy = torch.randn(8192, 8192, device=there)
+    with torch.cuda.device(0):
+        for _ in range(20):
+            busy = busy @ busy.sin()
+        for i, weight in enumerate(weights):
+            weight.gradient.grad = torch.full_like(weight.parameter, float(i + 1))
+        for i, (_, gradient) in enumerate(gradients_where_masters_are(weights)):
+            assert bool((gradient == i + 1).all())

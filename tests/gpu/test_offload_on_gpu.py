@@ -1,14 +1,16 @@
 """Offloading on a GPU: bytes that leave and come back, on a stream of their own, from pinned memory."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import runs
 import tiny
 from batches import LENGTHS, SCORES, bfloat16, engine, equal_weights, prompts, trajectories, weights
-from fastppo import PPOEngine, RewardModel, models
+from fastppo import PPOEngine, RewardModel, models, train
 from fastppo.config_offload import OffloadConfig
 from fastppo.microbatch import gather
 from fastppo.models import LMHead
@@ -16,7 +18,7 @@ from fastppo.offload.layers import Streamer, size_of, split
 from fastppo.offload.mover import Mover, coming, tensors_of
 from fastppo.offload.roles import of_frozen
 from fastppo.rewards import to_samples
-from test_offload import ALL, deep
+from offloading import ALL, deep
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -167,3 +169,15 @@ def test_a_reward_model_comes_for_its_calls() -> None:
     reward.weights_at = of_frozen(reward.model, "move", DEVICE)
     for _ in range(3):
         assert reward.model.device.type == "cpu" and reward(samples) == expected
+
+
+@pytest.mark.parametrize("fused", ["liger", "compile"])
+def test_a_run_fuses_the_layers_of_models_that_are_away(fused: str, tmp_path: Path) -> None:
+    if fused == "liger":
+        pytest.importorskip("liger_kernel")
+    away = {"reference": "stream", "critic": "move", "critic_optimizer": "move"}
+    folder = train(
+        runs.config(tmp_path, device="cuda", offload=away, layers={"fused": fused}, train={"total_steps": 2})
+    )
+    logged = [row for row in runs.rows(folder / "metrics.jsonl") if "val/ratio_max_first" in row]
+    assert [row["val/ratio_max_first"] for row in logged] == [1.0, 1.0]
