@@ -29,7 +29,7 @@ Rows = Iterator[dict[str, Any]]
 MARGIN = 0.07  # of the measured peak, by which a budget is above or below it
 JUDGED = (
     *("full", "full, vocabulary 20000", "full, checkpointing", "full, bfloat16, one micro-batch"),
-    *("lora", "full, 8-bit"),
+    *("lora", "full, 8-bit", "full, evaluation of 64 prompts", "full, four minibatches, roll-back"),
 )
 
 
