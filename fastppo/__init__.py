@@ -57,15 +57,8 @@ __all__ = [
     "load_config",
     "train",
 ]
-_MODULES = (
-    "config",
-    "batch",
-    "rewards",
-    "reward_model",
-    "run_file",
-    "engine",
-    "trainer",
-)  # in which they are looked up, in order
+# in which they are looked up, in order
+_MODULES = ("config", "batch", "rewards", "reward_model", "run_file", "engine", "trainer")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Packed attention: all sequences of a micro-batch in one row, no padding, and never a dense (N, N) mask.
+"""Packed attention: all sequences of a micro-batch in one row, and never a dense (N, N) mask.
+
+No sequence is padded to the length of another. On a CPU a few tokens more make a row's length one that recurs.
 
 Registered with transformers' attention interface under the name `fastppo_packed`. `backend()` is the dispatch: the
 `flash_attn` package when installed, else PyTorch's own varlen FlashAttention, both for half precision on CUDA; all
@@ -25,9 +27,10 @@ from fastppo_kernels.linear import common_size
 PACKED = "fastppo_packed"
 UNTRACED = "fastppo_untraced"  # the same, in compiled layers
 Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
-# Scores of padding, of all heads, that take as long as another call. CPU: 60 us at 25 ns for 4 heads of 32, one core.
-CALL_SCORES = {"cpu": 4096}
-CALL_SCORES_ELSEWHERE = 1 << 20
+# Scores of padding that take as long as another call. CPU, measured: 60 us, at 25 ns for 4 heads of 32 on one core. The
+# other is an estimate: 10 us of a GPU's float32 rate.
+CALL_SCORES = {"cpu": 2400}
+CALL_SCORES_ELSEWHERE = 1 << 17
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -35,17 +38,17 @@ HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 class Packing:
     """Where the sequences of a packed row begin and end, made once per micro-batch and shared by all layers.
 
-    Behind the N tokens there may be `padding` that attends to itself alone; it is in the buckets, not in `cu_seqlens`.
+    Behind the N tokens there may be `padding`, each token of it a sequence of its own; it is in the buckets, not in
+    `cu_seqlens`.
     """
 
     cu_seqlens: Tensor  # (B + 1,) int32
     max_seqlen: int
-    padding: int
+    padding: int  # tokens
     buckets: tuple[tuple[int, int], ...]  # sequences of like length as rows, padded to the longest: (b, T) of each
-    spread: (
-        Tensor | None
-    )  # (P,) int64, the token at each place of the buckets' rows, one bucket after the other. The tail
-    # of a short row repeats its last token. None: the packed row itself is the one bucket, of equal lengths
+    # The token at each place of the buckets' rows, bucket after bucket, (P,) int64: the tail of a short row repeats its
+    # last token. None: the packed row itself is the one bucket, of equal lengths.
+    spread: Tensor | None
     restore: Tensor | None  # (N + padding,) int64, the reverse: the place of each token
 
 
@@ -61,21 +64,25 @@ class Memory(Protocol):
         ...
 
 
-def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurring: bool = False) -> Packing:
+def plan(
+    lengths: Sequence[int], device: torch.device | str = "cpu", *, recurring: bool = False, runs_on: str | None = None
+) -> Packing:
     """Plan packed attention for sequences of the given lengths, each >= 1.
 
     Args:
+        device: where the tensors of the plan go.
         recurring: on a CPU, whose kernels are made for a number of tokens, pad to one that others have too.
+        runs_on: type of the device that computes; default: of `device`.
     """
-    sizes, device, cu_seqlens = torch.tensor(lengths), torch.device(device), cumulative(lengths)
-    total, longest, recurring = int(sizes.sum()), int(sizes.max()), recurring and device.type == "cpu"
-    padding = common_size(total) - total if recurring else 0
+    sizes, runs_on, cu_seqlens = torch.tensor(lengths), runs_on or torch.device(device).type, cumulative(lengths)
+    total, longest = int(sizes.sum()), int(sizes.max())
+    padding = common_size(total) - total if recurring and runs_on == "cpu" else 0
     if padding:
-        sizes = torch.cat([sizes, sizes.new_tensor([padding])])
+        sizes = torch.cat([sizes, sizes.new_ones(padding)])
     elif (sizes == longest).all():
         return Packing(cu_seqlens.to(device), longest, 0, ((len(sizes), longest),), None, None)
     order = sizes.argsort(descending=True)
-    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(device.type, CALL_SCORES_ELSEWHERE)))
+    buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(runs_on, CALL_SCORES_ELSEWHERE)))
     width = torch.cat([torch.full((b,), T) for b, T in buckets])
     row = torch.arange(len(order)).repeat_interleave(width)
     column, member = torch.arange(len(row)) - (width.cumsum(0) - width)[row], order[row]
@@ -83,6 +90,11 @@ def plan(lengths: Sequence[int], device: torch.device | str = "cpu", *, recurrin
     real = (column < sizes[member]).nonzero().squeeze(1)
     restore = torch.empty(len(real), dtype=torch.int64).scatter_(0, spread[real], real)
     return Packing(cu_seqlens.to(device), longest, padding, buckets, spread.to(device), restore.to(device))
+
+
+def padded(tokens: Tensor, packing: Packing) -> Tensor:
+    """(N,) ids or positions and `packing.padding` more: the first one's, which is read anyway, so no other is."""
+    return torch.cat([tokens, tokens[:1].expand(packing.padding)]) if packing.padding else tokens
 
 
 def _buckets(falling: Sequence[int], spare: int) -> Iterator[tuple[int, int]]:

@@ -50,16 +50,20 @@ def test_packed_gradients_equal_one_sequence_at_a_time(architecture, checkpointi
 
 
 def test_what_pads_a_micro_batch_is_not_heard_and_learns_nothing():
-    model, ids = tiny.policy(), [[t or 1 for t in row] for row in sequences()]  # padding is token 0
+    model, ids = tiny.policy(), [[t or 1 for t in row] for row in sequences()]  # no token 0
     batch = packed(ids)
     assert batch.packing.padding > 0 and len(batch.input_ids) == sum(LENGTHS)
     hidden = models.hidden_states(model, batch)
     hidden.square().sum().backward()
     weight = model.get_parameter("model.embed_tokens.weight")
     assert weight.grad is not None and not weight.grad[0].any() and weight.grad[1:].any()
+    model.zero_grad()
     with torch.no_grad():
-        weight[0] = 1e30
-    assert torch.equal(models.hidden_states(model, batch), hidden)
+        weight[0] = torch.nan
+    again = models.hidden_states(model, batch)
+    again.square().sum().backward()
+    assert torch.equal(again, hidden)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_micro_batches_of_any_lengths_recur_in_size():

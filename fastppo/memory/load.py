@@ -30,7 +30,7 @@ class Load:
 
     def batch(self, device: torch.device) -> MicroBatch:
         """As `microbatch.gather` makes it for `device`; call it outside the dry run."""
-        packing = plan(self.lengths, recurring=device.type == "cpu")
+        packing = plan(self.lengths, recurring=True, runs_on=device.type)
         ids, positions = torch.zeros(self.tokens, dtype=torch.int64), positions_of(self.lengths)
         ends = torch.tensor(self.lengths).repeat_interleave(torch.tensor(self.lengths)) - 1
         rows = ((positions >= ends - self.response) & (positions < ends)).nonzero().squeeze(1)

@@ -207,8 +207,8 @@ def sampling(model: Model, rows: int, prompt: int, response: int, *, span: int, 
     positions = -(-(prompt + response) // span) * span
     together, tail = divmod(min(rows * prompt, max(prefill, prompt)), prompt)
     lengths = [prompt] * together + [tail] * (tail > 0)
-    packing, cells = attention.plan(lengths, recurring=model.device.type == "cpu"), positions_of(lengths)
-    padded = torch.nn.functional.pad(cells, (0, packing.padding))
+    packing, cells = attention.plan(lengths, recurring=True, runs_on=model.device.type), positions_of(lengths)
+    padded = attention.padded(cells, packing)
     which = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
     def dry(model: Model) -> History:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from fastppo import distributed
 from fastppo.checks import InputError
 from fastppo.config import RunConfig
 from fastppo.config_offload import OffloadConfig
@@ -53,7 +54,7 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
         if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
         made = _tried(config, keys, plan)
-        if not told and time.monotonic() > since + SILENT_S:
+        if not told and distributed.rank() == 0 and time.monotonic() > since + SILENT_S:
             told = True
             print("it does not fit; looking for settings that do", file=sys.stderr, flush=True)
         if made is not None:

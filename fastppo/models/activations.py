@@ -30,7 +30,8 @@ def keep_activations(model: PreTrainedModel, config: LayersConfig) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if config.checkpointing == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
+    new = "activation_checkpointing_enable"
+    enable: Any = getattr(model, new if hasattr(model, new) else "gradient_checkpointing_enable")  # its old name
     enable(options, every_n_layers=config.checkpoint_every, offload=config.offload_activations)
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastppo.attention import padded
 from fastppo.checks import require
 from fastppo.microbatch import MicroBatch
 
@@ -24,7 +24,7 @@ class LMHead:
 
 def hidden_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """Packed forward of the body, without any head: (n, H)."""
-    ids, positions = (F.pad(x, (0, batch.packing.padding))[None] for x in (batch.input_ids, batch.position_ids))
+    ids, positions = (padded(x, batch.packing)[None] for x in (batch.input_ids, batch.position_ids))
     out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, packing=batch.packing)
     return out.last_hidden_state[0, : len(batch.input_ids)]
 

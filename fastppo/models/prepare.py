@@ -96,7 +96,7 @@ def _packed(model: PreTrainedModel, *sequences: range) -> MicroBatch:
     lengths = [len(ids) for ids in sequences]
     ids = torch.tensor([i for ids in sequences for i in ids], device=model.device)
     position_ids = torch.cat([torch.arange(n, device=model.device) for n in lengths])
-    return MicroBatch(ids, position_ids, plan(lengths, model.device), ids, ids, ids, ids)
+    return MicroBatch(ids, position_ids, plan(lengths, model.device, recurring=True), ids, ids, ids, ids)
 
 
 @torch.no_grad()

@@ -7,12 +7,11 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastppo import models
-from fastppo.attention import plan
+from fastppo.attention import padded, plan
 from fastppo.batch import FinishReason, Prompts, Sampling
 from fastppo.protocols import OnFinish
 from fastppo.rollout.graphs import Steps, bucket
@@ -142,8 +141,8 @@ class Decoder:
         rows = (torch.tensor(firsts) + start).repeat_interleave(torch.tensor(lengths)).to(device)
         ids = torch.tensor([token for p in prompts for token in p], device=device)
         packing = plan(lengths, device, recurring=True)
-        memory, padding = Prefill(self.kv, rows, positions), (0, packing.padding)
-        hidden = self._forward(F.pad(ids, padding), F.pad(positions, padding), memory, packing)
+        memory = Prefill(self.kv, rows, positions)
+        hidden = self._forward(padded(ids, packing), padded(positions, packing), memory, packing)
         copies = [(start + firsts[j], start + k) for k, j in enumerate(which) if k != firsts[j]]
         if copies:
             sources, targets = torch.tensor(copies, device=device).unbind(1)

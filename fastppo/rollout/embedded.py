@@ -1,7 +1,7 @@
 """Sampling from the trainer's own module: no copy of the weights, nothing cached between updates.
 
-Prompts are read packed, without padding, by the trainer's own attention. Then one forward per token over the rows that
-still run: a row that ends gives its place to the last one, and free places to requests that wait.
+Prompts are read packed, none padded to another's length, by the trainer's own attention. Then one forward per token
+over the rows that still run: a row that ends gives its place to the last one, and free places to requests that wait.
 """
 
 from collections.abc import Sequence

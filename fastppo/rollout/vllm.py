@@ -242,8 +242,9 @@ class VLLMEngine:
 
     def _wait_for_one(self) -> Server:
         end, reason = time.monotonic() + self.config.wait_s, ""
-        self._say("gone", f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one to come back")
+        waits = f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one to come back"
         while time.monotonic() < end and not self._stopped.is_set():
+            self._say("gone", waits)
             for server in self.servers:
                 try:
                     server.call("/weight_info", method="GET", timeout_s=CONTROL_S)
@@ -252,7 +253,7 @@ class VLLMEngine:
                     reason = str(error)
                     continue
                 server.version, server.down = None, False
-                self._say("back", f"rollout: {server.url} is back, it gets the weights again")
+                self._say(f"{server.url} back", f"rollout: {server.url} is back, it gets the weights again")
                 return server
             self._stopped.wait(POLL_S)
         raise RolloutError(
@@ -272,7 +273,7 @@ class VLLMEngine:
                 server.down = self.config.sleep or isinstance(error, Unreachable)
                 self._say(server.url, f"rollout: {error}")
                 continue
-            self._say.anew(server.url, "gone", "back")
+            self._say.anew(server.url, "gone", f"{server.url} back")
             require(
                 longest <= context,
                 f"a prompt and its response make {longest} tokens, more than the --max-model-len {context} of "

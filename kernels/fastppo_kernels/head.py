@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastppo_kernels.linear import (
     TILE_BYTES,
+    common_floor,
     common_size,
-    common_step,
     product,
     product_into,
     product_over,
@@ -72,8 +72,8 @@ class ChunkedHead:
 
     On the CPU operands are converted to the working dtype, hidden states by the chunk and the weight by the tile; on a
     GPU bfloat16 and float16 operands are multiplied as they are and accumulated in float32. The weight's gradient is
-    accumulated in the working dtype, and on the CPU rounded in place. Both the products and the row kernels between
-    them belong inside `exact_products`.
+    accumulated in the working dtype; in C++ a large bfloat16 one is rounded in place. Both the products and the row
+    kernels between them belong inside `exact_products`.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class ChunkedHead:
         bias: Tensor | None,  # (V,)
         *,
         chunk_size: int | None,
+        backend: str,
         wanted: tuple[bool, bool, bool] = (False, False, False),  # gradients of hidden, weight, bias
     ) -> None:
         self.dtype = working_dtype(hidden)
@@ -95,8 +96,7 @@ class ChunkedHead:
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
         self.onednn = runs_onednn(hidden, self.dtype) and not self.piece
         if self.onednn:
-            step = common_step(self.chunk_size)
-            self.chunk_size = max(step, self.chunk_size - self.chunk_size % step)  # so the last chunk alone is padded
+            self.chunk_size = common_floor(self.chunk_size)  # so the last chunk alone is padded
         self.mixed = self.operand_dtype != self.dtype
         self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
         self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
@@ -109,7 +109,7 @@ class ChunkedHead:
         shape = self._padded(num_rows), hidden.shape[1]
         self.dhidden = hidden.new_empty(shape, dtype=self.operand_dtype) if wanted[0] else None
         self.by_columns = self.onednn and _is_kept(*weight.shape)
-        self.dweight = self._weight_sum(weight) if wanted[1] else None
+        self.dweight = self._weight_sum(weight, backend) if wanted[1] else None
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
     def chunks(self) -> Iterator[slice]:
@@ -122,7 +122,7 @@ class ChunkedHead:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
         num_rows, whole = rows.stop - rows.start, self._whole(rows)
         if self.direct:
-            self.buffer = self.buffer.new_empty(0)  # the logits before these go before these come
+            self.buffer = self.buffer.new_empty(0)  # those of the chunk before, before these come
             self.buffer = product(self._hidden(whole), self.weight, self.bias)
             return self.buffer[:num_rows]
         if self.onednn:
@@ -137,8 +137,9 @@ class ChunkedHead:
         """Where the gradient of a chunk goes: over the logits, row by row, in the dtype that is multiplied next."""
         return logits.view(self.operand_dtype)[:, : logits.shape[1]] if self.mixed else logits
 
-    def accumulate(self, rows: slice, dlogits: Tensor) -> None:
-        """Adds the gradients of a chunk."""
+    def accumulate(self, rows: slice) -> None:
+        """Adds the gradients of a chunk, whose logits have been overwritten by theirs where `dlogits` says."""
+        dlogits = self.dlogits(self.buffer[: rows.stop - rows.start])
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
         if self.onednn:
@@ -170,11 +171,11 @@ class ChunkedHead:
     def _times_weight(self, dlogits: Tensor) -> Tensor:
         return product_over(dlogits, self.weight) if self.by_tiles else product(dlogits, self.weight.T)
 
-    def _weight_sum(self, weight: Tensor) -> Tensor | HalvedSum:
+    def _weight_sum(self, weight: Tensor, backend: str) -> Tensor | HalvedSum:
         """What (V, H) gradients of chunks are added to; a small one lies as (H, V), the way its products come."""
         if self.by_columns:
             return torch.zeros(weight.shape[::-1], dtype=self.dtype, device=weight.device).T
-        if self.by_tiles and weight.dtype == torch.bfloat16:
+        if self.by_tiles and weight.dtype == torch.bfloat16 and backend == "native":
             return HalvedSum(*weight.shape)
         make = torch.zeros if self.onednn or self.hidden.shape[0] == 0 else torch.empty  # else the first chunk fills it
         return make(weight.shape, dtype=self.dtype, device=weight.device)
@@ -238,7 +239,7 @@ def peak_bytes(
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
     chunk = chunk_size or default_chunk_size(V, device)
-    chunk = min(max(8, chunk - chunk % common_step(chunk)) if cpu else chunk, R)
+    chunk = min(common_floor(chunk) if cpu else chunk, R)
     pads = cpu and common_size(chunk) != chunk
     chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
     padded = chunk if cpu else -(-chunk // PIECE_ROWS) * PIECE_ROWS

@@ -52,11 +52,16 @@ def common_size(n: int) -> int:
 
     oneDNN makes a kernel for every shape that it meets, in 0.1 to 0.4 ms each, and keeps the last 1024.
     """
-    return n + -n % common_step(n)
+    return n + -n % _step(n)
 
 
-def common_step(n: int) -> int:
-    """What lies between `common_size`s where n is."""
+def common_floor(n: int) -> int:
+    """n or a little less, 8 at least: the same downwards."""
+    return max(8, n - n % _step(n))
+
+
+def _step(n: int) -> int:
+    """What lies between two of them where n is."""
     return max(8, 1 << max(0, n.bit_length() - 5))
 
 

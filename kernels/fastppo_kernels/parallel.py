@@ -127,7 +127,7 @@ class TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.settings, module = (head, entropy, chunk_size, backend, group), backends.load(backend)
-        chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size)
+        chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, backend=backend)
         with exact_products(hidden):
             parts = [
                 combine(chunked.logits(rows), targets[rows], head, module, group, entropy=entropy)[:2]
@@ -142,7 +142,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         head, entropy, chunk_size, backend, group = ctx.settings
         module, wanted = backends.load(backend), ctx.needs_input_grad[:3]
-        chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, wanted=wanted)
+        chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, backend=backend, wanted=wanted)
         with exact_products(hidden):
             for rows in chunked.chunks():
                 logits = chunked.logits(rows)
@@ -151,7 +151,8 @@ class TokenLogprobs(torch.autograd.Function):
                 dlogprobs, dentropy = (g[rows].contiguous() for g in grads)
                 slopes = (dlogprobs, dentropy if entropy else None)
                 backward(logits, found, *slopes, head, module, dlogits=dlogits)
-                chunked.accumulate(rows, dlogits)
+                chunked.accumulate(rows)
+                del logits, dlogits, found  # before the next chunk's are made
         return *_gradients(chunked, (hidden, weight, bias), wanted, group), *[None] * 6
 
 
@@ -177,7 +178,7 @@ class LinearPPO(torch.autograd.Function):
         live = rows.weights != 0
         rows, targets = rows.cleaned(live, dtype), torch.where(live, targets, 0)
         x = torch.where(live[:, None], hidden, 0)
-        chunked = ChunkedHead(x, weight, bias, chunk_size=chunk_size, wanted=wanted)
+        chunked = ChunkedHead(x, weight, bias, chunk_size=chunk_size, backend=backend, wanted=wanted)
         table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
         with exact_products(hidden):
             for some in chunked.chunks():
@@ -188,7 +189,9 @@ class LinearPPO(torch.autograd.Function):
                     dlogits = chunked.dlogits(logits)
                     dentropy = -settings.entropy_coef * of_chunk.weights if settings.entropy_coef else None
                     backward(logits, found, table[some, DLOGPROB], dentropy, head, module, dlogits=dlogits)
-                    chunked.accumulate(some, dlogits)
+                    chunked.accumulate(some)
+                    del dlogits
+                del logits, found
         ctx.save_for_backward(*_gradients(chunked, (hidden, weight, bias), wanted, group))
         loss, _, sums = with_sums(table, module)
         ctx.mark_non_differentiable(sums)
@@ -205,6 +208,6 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of hidden, summed over the ranks in the working dtype, and of this rank's weight and bias."""
     if chunked.dhidden is not None:
-        chunked.dhidden = chunked.dhidden.to(chunked.dtype)
+        chunked.dhidden = chunked.dhidden[: chunked.hidden.shape[0]].to(chunked.dtype)  # not what pads the rows
         dist.all_reduce(chunked.dhidden, group=group)
     return [made if need else None for made, need in zip(chunked.gradients(*inputs), wanted, strict=True)]

@@ -17,8 +17,8 @@ class HalvedSum:
     """A float32 matrix, 0 at first, that rows of others are added to: 4 bytes an element, 2 once it is rounded."""
 
     def __init__(self, num_rows: int, num_columns: int) -> None:
-        self.upper = torch.zeros(num_rows, num_columns, dtype=torch.bfloat16)
-        self.lower = torch.zeros(num_rows, num_columns, dtype=torch.int16)
+        self.upper = torch.zeros(num_rows, num_columns, dtype=torch.bfloat16, device="cpu")
+        self.lower = torch.zeros(num_rows, num_columns, dtype=torch.int16, device="cpu")
 
     def add(self, rows: slice, addend: Tensor) -> None:
         """Adds `addend`, contiguous float32 of the shape of these rows; rounds as a sum of float32 tensors does."""

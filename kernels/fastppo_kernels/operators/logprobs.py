@@ -26,7 +26,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(log-probs (R,), entropies (R,) or (0,)); keeps nothing for the backward but its inputs."""
     module, head = backends.load(backend), HeadSettings(temperature=temperature, softcap=softcap)
-    chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size)
+    chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, backend=backend)
     logprobs, entropies = _empty_rows(hidden, entropy)
     with exact_products(hidden):
         for rows in chunked.chunks():
@@ -53,7 +53,9 @@ def _token_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not wanted."""
     module, head = backends.load(backend), HeadSettings(temperature=temperature, softcap=softcap)
-    chunked = ChunkedHead(hidden, weight, bias, chunk_size=chunk_size, wanted=(wanted[0], wanted[1], wanted[2]))
+    chunked = ChunkedHead(
+        hidden, weight, bias, chunk_size=chunk_size, backend=backend, wanted=(wanted[0], wanted[1], wanted[2])
+    )
     dlogprobs = dlogprobs.contiguous()
     dentropies = None if dentropies is None else dentropies.contiguous()
     with exact_products(hidden):
@@ -62,7 +64,7 @@ def _token_logprobs_backward(
             dlogits = chunked.dlogits(logits)
             dentropy = None if dentropies is None else dentropies[rows]
             module.logprob_rows_backward(logits, targets[rows], dlogprobs[rows], dentropy, head, dlogits=dlogits)
-            chunked.accumulate(rows, dlogits)
+            chunked.accumulate(rows)
             del logits, dlogits  # their memory is the next chunk's
     return chunked.gradients(hidden, weight, bias)
 

@@ -137,7 +137,9 @@ def linear_ppo(
         x = torch.where(live[:, None], hidden, 0)  # a NaN there would reach the weight's gradient as NaN * 0
     else:
         x, targets, rows = hidden[live], targets[live], rows.take(live)
-    chunked = ChunkedHead(x, weight, bias, chunk_size=chunk_size, wanted=(wanted[0], wanted[1], wanted[2]))
+    chunked = ChunkedHead(
+        x, weight, bias, chunk_size=chunk_size, backend=backend, wanted=(wanted[0], wanted[1], wanted[2])
+    )
     table = torch.empty(x.shape[0], len(PPO_COLUMNS), dtype=dtype, device=x.device)
     with exact_products(hidden):
         for some in chunked.chunks():
@@ -167,7 +169,7 @@ def _chunk(
     dlogits = chunked.dlogits(logits) if grad else None
     table = module.ppo_rows(logits, targets, rows, settings, head, entropy=entropy, dlogits=dlogits)
     if dlogits is not None:
-        chunked.accumulate(some, dlogits)
+        chunked.accumulate(some)
     return table
 
 
