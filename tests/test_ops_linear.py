@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastppo_kernels import linear
-from numerics import assert_as_accurate
+from numerics import DEVICE, assert_as_accurate
 
 
 def run(fn, x, weight, bias, upstream):
@@ -80,3 +80,16 @@ def test_no_rows_give_no_rows():
 def test_a_wrong_width_is_named():
     with pytest.raises(ValueError, match=r"weight must have shape \(V, H\) = \(3, 5\), got \(3, 4\)"):
         linear(torch.randn(2, 5), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(768, 96), (96, 768), (64, 1000)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(shape, with_bias):
+    """But for one alone: few rows change the operand that is packed, and no order of summation."""
+    (width, out), rows = shape, 40
+    x, weight = torch.randn(rows, width, device=DEVICE), torch.randn(out, width, device=DEVICE)
+    bias = torch.randn(out, device=DEVICE) if with_bias else None
+    whole = linear(x, weight, bias)
+    for n in range(2, rows):
+        made = linear(x[:n], weight, bias)
+        assert made.is_contiguous() and torch.equal(made, whole[:n]), n

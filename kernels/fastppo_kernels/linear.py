@@ -17,6 +17,7 @@ from torch import Tensor
 from fastppo_kernels.checks import check_device, check_shape
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FEW_ROWS = 16  # of x; up to so many the weight is the operand that oneDNN reads as it lies, and x the one that it packs
 TILE_BYTES = 1 << 20  # of one result of `product`, which is new memory: so much stays in the cache of a core
 
 
@@ -115,6 +116,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if 1 < x.shape[0] <= FEW_ROWS and x.is_contiguous() and weight.is_contiguous():
+            made = product(weight, x).T.contiguous()  # the same bits
+            return made if bias is None else made.add_(bias)
         return product(x, weight, bias)
 
     @staticmethod
