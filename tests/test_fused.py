@@ -140,7 +140,7 @@ def test_a_model_that_waits_in_host_memory_is_fused_for_where_it_computes(monkey
 
 
 def test_a_run_fuses_every_model_for_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fastppo.run.require_gpu", lambda config, device: None)
+    monkeypatch.setattr("fastppo.memory.start.require_gpu", lambda config, device: None)
     given: list[tuple[Any, ...]] = []
     monkeypatch.setattr(models, "fuse_layers", lambda *arguments: given.append(arguments))
     run = build(runs.config(tmp_path, offload={"reference": "move", "critic": "move"}))

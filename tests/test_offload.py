@@ -238,7 +238,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run file may only ask for it on a GPU; what it then does needs none. As to a GPU, what is loaded is copied to
     the device: tensors mapped from a file begin anywhere, and products on a CPU differ by where in the last bit.
     """
-    monkeypatch.setattr("fastppo.run.require_gpu", lambda config, device: None)
+    monkeypatch.setattr("fastppo.memory.start.require_gpu", lambda config, device: None)
     monkeypatch.setattr(models, "to_device", lambda model, device: copy.deepcopy(model))
 
 
