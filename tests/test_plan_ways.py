@@ -1,14 +1,16 @@
 """Ways to fit end, and are found where there are some."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastppo.memory import ways
+from fastppo.memory import report, ways
 from fastppo.memory.plan import Plan, Setting, make_plan
 from fastppo.memory.setting import setting_of
-from fastppo.memory.ways import least, ways_to_fit
+from fastppo.memory.ways import Way, least, ways_to_fit
 from test_memory import CUDA, plan_of, wide
 
 
@@ -40,3 +42,11 @@ def test_what_one_sequence_at_a_time_cannot_a_whole_minibatch_may(tmp_path: Path
     undone = wide(tmp_path, ppo={"num_minibatches": 4, "target_kl": 1.0, "roll_back": True})
     assert not plan_of(undone, budget).fits
     assert {"ppo.roll_back": False} in [way.keys for way in ways_to_fit(undone, plan_of(undone, budget))]
+
+
+def test_a_way_is_printed_as_the_command_line_takes_it(tmp_path: Path) -> None:
+    keys = {"train.async_save": False, "rollout.keep_memory": True, "rollout.max_rows": 8}
+    said = report.flags(Way(keys, "", plan_of(wide(tmp_path))))
+    assert said == "--train.no-async-save --rollout.keep-memory --rollout.max-rows 8"
+    command = [sys.executable, "-m", "fastppo", "plan", "nothing.toml", *said.split()]
+    assert "unknown" not in subprocess.run(command, capture_output=True, text=True, check=False).stderr

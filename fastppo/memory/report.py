@@ -27,9 +27,20 @@ def show(plan: Plan, ways: list[Way]) -> None:
     console.print(f"{'':>8} {_legend(plan)}", highlight=False, markup=False, soft_wrap=True)
     console.print(verdict(plan), highlight=False, markup=False, soft_wrap=True)
     for i, way in enumerate(ways, 1):
-        keys = " ".join(f"--{key.replace('_', '-')} {str(value)}" for key, value in way.keys.items())
         needs = f"needs {gib(way.plan.needed)}"
-        console.print(f"  {i}. {keys}  ({needs}; {way.cost})", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {i}. {flags(way)}  ({needs}; {way.cost})", highlight=False, markup=False, soft_wrap=True)
+    if not plan.fits and not ways:
+        console.print("  no few keys of the run file make it fit", highlight=False)
+
+
+def flags(way: Way) -> str:
+    """Its keys as `fastppo train` and `fastppo plan` take them on the command line."""
+    return " ".join(_flag(key.replace("_", "-"), value) for key, value in way.keys.items())
+
+
+def _flag(key: str, value: Any) -> str:
+    group, _, name = key.rpartition(".")
+    return {True: f"--{key}", False: f"--{group}.no-{name}"}[value] if isinstance(value, bool) else f"--{key} {value}"
 
 
 def verdict(plan: Plan) -> str:
