@@ -161,11 +161,12 @@ class Plan:
 def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     """Dry runs of every phase; all but `load` are of a later iteration, when the optimizers have their moments."""
     here = functools.partial(on_device, setting)
-    sampler, kept = _rollout(setting, here().total(), budget)
+    on_cpu = host.checkpoint_copy(setting) if setting.device.type == "cpu" else 0  # which is host memory
+    saved = Parts({"checkpoint copy": on_cpu})  # in the next rollout too: it is written beside training
+    sampler, kept = _rollout(setting, here().total() + on_cpu, budget)
     awake, between = _servers(setting.work, budget)
-    made = [Phase("load", loading(setting) + awake), Phase("rollout", here() + sampler + awake)]
-    saved = host.checkpoint_copy(setting) if setting.device.type == "cpu" else 0  # which is host memory
-    later = kept + between + Parts({"checkpoint copy": saved})
+    made = [Phase("load", loading(setting) + awake), Phase("rollout", here() + sampler + awake + saved)]
+    later = kept + between + saved
     if setting.rewards:
         rewards = [here(reward(i)) + _reward(*r, setting.work.sampled) for i, r in enumerate(setting.rewards)]
         made.append(Phase("reward", _largest(rewards) + later))
