@@ -92,11 +92,19 @@ def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(R: int, dtype: to
     assert torch.equal(token_logprobs(hidden[-R:], weight, targets[-R:]), whole[-R:])
 
 
+@pytest.mark.parametrize("H", [64, 4096])
 @pytest.mark.parametrize("V", [1000, 32000, 128256, 151936, 10_000_000])
-def test_chunks_of_a_gpu_are_whole_pieces_of_at_most_two_gib(V: int) -> None:
-    rows = default_chunk_size(V, torch.device("cuda"))
+def test_chunks_of_a_gpu_are_whole_pieces_of_at_most_two_gib(V: int, H: int) -> None:
+    rows = default_chunk_size(V, H, torch.device("cuda"))
     assert rows % min(rows, head.PIECE_ROWS) == 0 and rows % 128 == 0
-    assert rows * V * 4 <= 2 << 30 or rows == head.MIN_CHUNK_ROWS
+    assert rows * V * 4 <= 2 << 30 or rows in (head.MIN_CHUNK_ROWS, head.WIDE_CHUNK_ROWS)
+
+
+@pytest.mark.parametrize("H", [64, 128, 511, 512, 896, 4096])
+@pytest.mark.parametrize("V", [1000, 32000, 151936])
+def test_a_chunk_of_a_cpu_takes_the_caches_share_or_few_rows_or_what_the_gradient_takes(V: int, H: int) -> None:
+    size = default_chunk_size(V, H, torch.device("cpu")) * V * 4
+    assert size <= max(head.CHUNK_BYTES["cpu"], 4 * head.MIN_CHUNK_ROWS * V, 4 * V * H)
 
 
 def test_products_are_exact_inside_and_switches_are_put_back() -> None:

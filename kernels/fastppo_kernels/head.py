@@ -28,18 +28,20 @@ from fastppo_kernels.linear import (
 from fastppo_kernels.native.halves import HalvedSum
 from fastppo_kernels.reference import working_dtype
 
-# Bytes of a chunk's float32 logits, unless that is fewer than MIN_CHUNK_ROWS. CPU: what the C library keeps when it is
-# freed; a larger result of every product is new pages. GPU: what a chunk costs beyond its products is one reading and
-# writing of the weight's gradient, 8 V H bytes, so few chunks.
+# Bytes of a chunk's float32 logits, unless that is fewer rows than one of the two below. CPU: what the C library keeps
+# when it is freed; a larger result of every product is new pages. GPU: what a chunk costs beyond its products is one
+# reading and writing of the weight's gradient, 8 V H bytes, so few chunks.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
 MIN_CHUNK_ROWS = 256  # below this, reading the weight and adding to its gradient takes longer than multiplying
+WIDE_CHUNK_ROWS = 512  # and so many where the weight's gradient takes as much memory as their logits
 PIECE_ROWS = 1024  # on a GPU: fills an H200 with 128 x 256 tiles when H = 4096, and half of it is what padding costs
 STRIDE = 64  # elements: every row of the buffer begins at a multiple of 16 bytes, whatever the vocabulary
 
 
-def default_chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Rows per chunk, from V and the device alone, so that R does not change how a row is computed."""
-    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+def default_chunk_size(vocab_size: int, hidden_size: int, device: torch.device) -> int:
+    """Rows per chunk, from V, H and the device alone, so that R does not change how a row is computed."""
+    least = WIDE_CHUNK_ROWS if hidden_size >= WIDE_CHUNK_ROWS else MIN_CHUNK_ROWS
+    rows = max(least, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
     return _whole_pieces(rows) if pads_products(device) else rows
 
 
@@ -90,7 +92,7 @@ class ChunkedHead:
         common = torch.promote_types(hidden.dtype, weight.dtype)
         self.operand_dtype = common if hidden.device.type != "cpu" else self.dtype
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.chunk_size = chunk_size or default_chunk_size(weight.shape[0], hidden.device)
+        self.chunk_size = chunk_size or default_chunk_size(*weight.shape, hidden.device)
         self.piece = 0  # rows of every product; 0: as many as there are
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
@@ -238,7 +240,7 @@ def peak_bytes(
     """
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
-    chunk = chunk_size or default_chunk_size(V, device)
+    chunk = chunk_size or default_chunk_size(V, H, device)
     chunk = min(common_floor(chunk) if cpu else chunk, R)
     pads = cpu and common_size(chunk) != chunk
     chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)

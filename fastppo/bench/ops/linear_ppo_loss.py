@@ -149,7 +149,7 @@ def mean_cross_entropy(logits: Tensor, rows: Rows) -> Tensor:
 def variants(p: HeadProblem) -> dict[str, Variant | str]:
     on_cpu = p.hidden.device.type == "cpu"
     hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
-    chunk = default_chunk_size(weight.shape[0], hidden.device)
+    chunk = default_chunk_size(*weight.shape, hidden.device)
     small = on_cpu and 4 * chunk * weight.shape[0] <= CHUNK_BYTES["cpu"]
 
     def of(score: Score) -> Variant:
@@ -192,7 +192,7 @@ def cases(options: Any) -> Iterator[Case]:
     for (R, H, V), name, entropy in itertools.product(shapes, options.dtypes, options.entropy):
         dtype = getattr(torch, name)
         p = head_problem(R, H, V, dtype, options.device, entropy)
-        chunk = min(R, default_chunk_size(V, p.hidden.device)) * V * 4
+        chunk = min(R, default_chunk_size(V, H, p.hidden.device)) * V * 4
         yield Case(
             op="linear_ppo_loss",
             setting={"dtype": name, "entropy": entropy, "R": R, "H": H, "V": V},
