@@ -93,3 +93,17 @@ def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(shape, with_bias)
     for n in range(2, rows):
         made = linear(x[:n], weight, bias)
         assert made.is_contiguous() and torch.equal(made, whole[:n]), n
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_bits_are_the_same_with_and_without_gradients_and_for_every_shape_of_the_rows(rows, with_bias):
+    """The first may be counted on as scoring and training meet: a ratio of 1, not of 1.0000001."""
+    x, weight = torch.randn(rows, 96, device=DEVICE), torch.randn(200, 96, device=DEVICE, requires_grad=True)
+    bias = torch.randn(200, device=DEVICE) if with_bias else None
+    learning = linear(x, weight, bias)
+    with torch.no_grad():
+        for shape in [(rows,), (1, rows), (rows, 1)]:
+            made = linear(x.view(*shape, 96), weight, bias)
+            assert made.shape == (*shape, 200) and torch.equal(made.view(rows, 200), learning)
+    assert learning.requires_grad

@@ -17,7 +17,9 @@ from torch import Tensor
 from fastppo_kernels.checks import check_device, check_shape
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEW_ROWS = 16  # of x; up to so many the weight is the operand that oneDNN reads as it lies, and x the one that it packs
+# Up to so many rows of x the weight is the operand that oneDNN reads as it lies, and x the one that it packs, for
+# vectors of so many lanes, if few of them are empty.
+MOST_FEW, LANES = 32, 16
 TILE_BYTES = 1 << 20  # of one result of `product`, which is new memory: so much stays in the cache of a core
 
 
@@ -30,22 +32,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., V) in the dtype of `x`, differentiable in all three.
     """
-    check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
-    check_device(x=x, weight=weight, bias=bias)
-    alike = all(t is None or t.dtype == x.dtype for t in (weight, bias))  # else let PyTorch say what is wrong
-    if not runs_onednn(x, x.dtype) or x.numel() == 0 or not alike or torch.is_autocast_enabled("cpu"):
+    if not _goes_to_onednn(x, weight, bias):
+        check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
+        check_device(x=x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product_of_rows(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _goes_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether all is legal and `runs_onednn`; few words, as the weights of a decoded token have emptied the caches."""
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and (bias is None or (bias.dtype is torch.float32 and bias.is_cpu))
+        and x.numel() > 0
+        and x.shape[-1] == weight.shape[-1]
+        and weight.dim() == 2
+        and _allows_onednn()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def runs_onednn(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether products of `x` in this dtype go to oneDNN."""
-    return (
-        x.device.type == "cpu"
-        and dtype == torch.float32
-        and os.environ.get("FASTPPO_BACKEND") != "reference"
-        and HAS_ONEDNN
-    )
+    return x.is_cpu and dtype == torch.float32 and _allows_onednn()
+
+
+def _allows_onednn() -> bool:
+    return HAS_ONEDNN and os.environ.get("FASTPPO_BACKEND") != "reference"
 
 
 def common_size(n: int) -> int:
@@ -67,7 +85,7 @@ def _step(n: int) -> int:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b.T (+ bias) by oneDNN; float32 matrices on the CPU, transposed views allowed."""
+    """a @ b.T (+ bias) by oneDNN; float32 on the CPU, a (..., K), b (N, K), transposed views allowed."""
     if torch.compiler.is_compiling():
         return _whole_product(a, b, bias)
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
@@ -81,7 +99,7 @@ def _whole_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 @_whole_product.register_fake
 def _(a, b, bias):
-    return a.new_empty(a.shape[0], b.shape[0])
+    return a.new_empty(*a.shape[:-1], b.shape[0])
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
@@ -112,14 +130,20 @@ def _tiles(length: int, other: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
+def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of (..., H) rows; the same bits both ways."""
+    num_rows = x.numel() // x.shape[-1]
+    if num_rows > MOST_FEW or -num_rows % LANES >= LANES // 4 or not (x.is_contiguous() and weight.is_contiguous()):
+        return product(x, weight, bias)
+    made = product(weight, x.view(num_rows, -1)).T.contiguous().view(*x.shape[:-1], -1)
+    return made if bias is None else made.add_(bias)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if 1 < x.shape[0] <= FEW_ROWS and x.is_contiguous() and weight.is_contiguous():
-            made = product(weight, x).T.contiguous()  # the same bits
-            return made if bias is None else made.add_(bias)
-        return product(x, weight, bias)
+        return _product_of_rows(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
