@@ -92,7 +92,7 @@ class ChunkedHead:
         common = torch.promote_types(hidden.dtype, weight.dtype)
         self.operand_dtype = common if hidden.device.type != "cpu" else self.dtype
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.chunk_size = chunk_size or default_chunk_size(*weight.shape, hidden.device)
+        self.chunk_size = chunk_size or default_chunk_size(weight.shape[0], weight.shape[1], hidden.device)
         self.piece = 0  # rows of every product; 0: as many as there are
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)

@@ -149,7 +149,7 @@ def mean_cross_entropy(logits: Tensor, rows: Rows) -> Tensor:
 def variants(p: HeadProblem) -> dict[str, Variant | str]:
     on_cpu = p.hidden.device.type == "cpu"
     hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
-    chunk = default_chunk_size(*weight.shape, hidden.device)
+    chunk = default_chunk_size(weight.shape[0], weight.shape[1], hidden.device)
     small = on_cpu and 4 * chunk * weight.shape[0] <= CHUNK_BYTES["cpu"]
 
     def of(score: Score) -> Variant:
