@@ -13,6 +13,7 @@ from fastppo import models
 from fastppo.bench import arguments, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
+from fastppo.bench.machine import machine
 from fastppo.bench.ops import OPS
 from fastppo.bench.step_settings import parser, settings
 from fastppo.checks import InputError
@@ -341,6 +342,13 @@ def test_numbers_of_threads_do_not_share_a_table(tmp_path: Path):
     records.append(folder / "one.jsonl", lines)
     page = pages.pages(folder, docs)[docs]
     assert page.count("| fastppo |") == 2 and "**a threads=1 R=4**" in page and "**a threads=2 R=4**" in page
+
+
+def test_a_floor_is_of_the_rates_that_are_written_down():
+    made, here = records.numbers([1.0], records.Work(2e9, 3e9), "cpu"), machine("cpu")
+    copy, matmul = 2 / here["copy_gb_per_s"], 3 / here["matmul_float32_gflop_per_s"]
+    assert made["floor_ms"] == pytest.approx(1e3 * max(copy, matmul), rel=1e-2)  # they are rounded
+    assert made["mfu"] == pytest.approx(matmul, rel=1e-2)
 
 
 def test_records_are_json_without_nan():

@@ -61,22 +61,30 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-@cache
 def copy_rate(device: str, threads: int | None = None) -> float:
     """Bytes read and written per second by a copy of a large tensor: the median of ten, as variants are timed.
 
     Args:
         threads: of the CPU; None: as many as torch has now.
     """
+    return _copy_rate(device, threads or torch.get_num_threads())
+
+
+@cache
+def _copy_rate(device: str, threads: int) -> float:
     size = (1 << 30) if device != "cpu" else (1 << 28)
     x, y = torch.ones(2, size // 4, dtype=torch.float32, device=device)
     with _on_threads(threads):
         return 2 * size / _median_seconds(lambda: y.copy_(x), device)
 
 
-@cache
 def matmul_rate(device: str, dtype: torch.dtype, threads: int | None = None) -> float:
     """Operations per second of a large product of random matrices, the median of ten, by the faster library."""
+    return _matmul_rate(device, dtype, threads or torch.get_num_threads())
+
+
+@cache
+def _matmul_rate(device: str, dtype: torch.dtype, threads: int) -> float:
     n = 8192 if device != "cpu" else 1536
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     ways: list[Callable[[], object]] = [lambda: a @ b]
@@ -114,9 +122,9 @@ def _median_seconds(run: Callable[[], object], device: str) -> float:
 
 
 @contextmanager
-def _on_threads(threads: int | None) -> Iterator[None]:
+def _on_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -142,7 +150,7 @@ def machine(device: str, seed: int = 0, commit: str | None = None) -> dict[str, 
 def _rates(device: str) -> dict[str, Any]:
     """Copy and matmul rates; on a CPU of one thread, of all that torch uses, and of powers of two in between."""
     most = torch.get_num_threads()
-    counts = sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)}) if device == "cpu" else [None]
+    counts = sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)}) if device == "cpu" else [most]
     dtypes = (torch.float32, torch.bfloat16)
     rates = {
         count: {
