@@ -35,6 +35,14 @@ def test_what_a_cpu_cannot_run_is_refused_by_plan_as_by_train(changes: dict[str,
     assert plan_run(config, "24GB")[0].fits
 
 
+def test_responses_that_fill_the_context_are_refused_without_knowing_a_prompt(tmp_path: Path) -> None:
+    context = plan_of(wide(tmp_path)).setting.policy.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"no room for a prompt in the policy's context of {context}"):
+        plan_of(
+            wide(tmp_path, rollout={"max_new_tokens": context}, ppo={"max_tokens_per_microbatch": 2 * context}), None
+        )
+
+
 @pytest.mark.parametrize("key", [{"lora_rank": 64}, {"lora_alpha": 8.0}, {"lora_targets": ["q_proj"]}], ids=str)
 def test_keys_of_adapters_are_refused_where_there_are_none(key: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are of adapters: set memory.share = 'lora', or leave them out"):

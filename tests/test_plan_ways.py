@@ -44,6 +44,15 @@ def test_what_one_sequence_at_a_time_cannot_a_whole_minibatch_may(tmp_path: Path
     assert {"ppo.roll_back": False} in [way.keys for way in ways_to_fit(undone, plan_of(undone, budget))]
 
 
+def test_a_way_that_gives_up_the_critic_has_no_other_keys_of_it() -> None:
+    kinds: dict[str, object] = {f"{role}_optimizer.kind": "adamw-8bit" for role in ("policy", "critic")}
+    moved: dict[str, object] = {f"offload.{key}": "move" for key in ("critic", "critic_optimizer", "policy_optimizer")}
+    given_up: dict[str, object] = {"ppo.advantage": "reinforce++", "critic.init": "policy"}
+    left = given_up | {"policy_optimizer.kind": "adamw-8bit", "offload.policy_optimizer": "move"}
+    assert ways._of_those_left(given_up | kinds | moved) == left
+    assert ways._of_those_left(kinds | moved) == kinds | moved
+
+
 def test_a_way_is_printed_as_the_command_line_takes_it(tmp_path: Path) -> None:
     keys = {"train.async_save": False, "rollout.keep_memory": True, "rollout.max_rows": 8}
     said = report.flags(Way(keys, "", plan_of(wide(tmp_path))))

@@ -10,7 +10,7 @@ from fastppo.memory.ways import Way
 
 BAR, BEYOND = 40, 10  # characters of a bar up to the budget, and at most past it
 BESIDE = "process and allocator"
-FILLS = "█▓▒░▚▞▤▥▦▧▨"
+FILLS = "█▓▒░▚▞▤▥▦▧▨ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # more than there are components
 
 
 def gib(size: float) -> str:
@@ -110,4 +110,4 @@ def _legend(plan: Plan) -> str:
 
 
 def _fills(plan: Plan) -> list[str]:
-    return [FILLS[i % len(FILLS)] for i in range(len(_components(plan)))]
+    return list(FILLS[: len(_components(plan))])

@@ -31,7 +31,8 @@ def setting_of(
         evaluation: held-out prompts, tokens of the longest; None: train.eval_prompts_max and data.max_prompt_tokens.
 
     Raises:
-        ValueError: the config of a model cannot be read, or `offload.reward` is about adapters alone.
+        ValueError: the config of a model cannot be read, responses leave no room for a prompt in the policy's context,
+            or `offload.reward` is about adapters alone.
     """
     require(
         config.offload.reward == "keep" or has_full_reward(config),
@@ -39,8 +40,15 @@ def setting_of(
         "adapters on the policy's base: set it to 'keep'",
     )
     learns = {"optimizer": config.policy_optimizer, "memory": config.memory, "layers": config.layers}
+    policy = _model(config.policy.path, "policy", config, device, **learns)
+    response, context = config.rollout.max_new_tokens, models.context_of(policy.config)
+    require(
+        response < context,
+        f"rollout.max_new_tokens = {response} leaves no room for a prompt in the policy's context of {context}: "
+        "lower it",
+    )
     return Setting(
-        policy=_model(config.policy.path, "policy", config, device, **learns),
+        policy=policy,
         critic=_critic(config, device),
         reference=_reference(config, device),
         rewards=tuple((_reward(r, config, device), r.batch_size) for r in _reward_models(config)),

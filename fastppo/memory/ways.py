@@ -50,7 +50,7 @@ def ways_to_fit(config: RunConfig, plan: Plan) -> list[Way]:
     if plan.setting.copies_to_save and (device == "cpu" or plan.setting.host_memory is not None):
         known.append(Change({"train.async_save": False}, "training waits while a checkpoint is written", 1))
     for changes in _combinations(known):
-        keys = {key: value for change in changes for key, value in change.keys.items()}
+        keys = _of_those_left({key: value for change in changes for key, value in change.keys.items()})
         if any(_same_changes(way, mild) for way in found for mild in (keys, *_milder(keys))):
             continue
         made = _tried(config, keys, plan)
@@ -101,7 +101,8 @@ def _changes(config: RunConfig, device: str) -> Iterator[Change]:
     if config.policy.dtype == "float32":
         yield Change({"policy.dtype": "bfloat16"}, "the models compute in bfloat16", 3)
     if critic:
-        keys: dict[str, object] = {"ppo.advantage": "reinforce++", "critic.init": "policy"}
+        keys: dict[str, object] = {"ppo.advantage": "reinforce++"}
+        keys |= {} if config.critic.init == "policy" else {"critic.init": "policy"}
         yield Change(keys, "no critic: another estimator of advantages", 5)
     if config.ppo.kl_coef > 0 and config.ppo.kl_target is None:
         yield Change({"ppo.kl_coef": 0.0}, "no reference: nothing holds the policy to where it began", 6)
@@ -118,6 +119,12 @@ def _recomputation(config: RunConfig, device: str) -> Iterator[Change]:
     if device == "cuda" and not config.layers.offload_activations:
         keys = {RECOMPUTED: "full", **every, "layers.offload_activations": True}
         yield Change(keys, "layers are computed twice, from inputs that the update copies to the host and back", 3)
+
+
+def _of_those_left(keys: dict[str, object]) -> dict[str, object]:
+    """Without keys of a critic that is given up by another of them."""
+    of_critic = ("critic_optimizer.", "offload.critic") if "ppo.advantage" in keys else ()
+    return {key: value for key, value in keys.items() if not key.startswith(of_critic)}
 
 
 def _milder(keys: dict[str, object]) -> list[dict[str, object]]:

@@ -6,7 +6,14 @@ load them: the policy as a causal LM, the critic as a token classifier with one 
 
 from fastppo.models.activations import require_a_gpu
 from fastppo.models.adapter_files import is_saved_at as is_saved_adapter
-from fastppo.models.facts import context_length, eos_token_ids, kv_bytes_per_token, kv_shape, require_context
+from fastppo.models.facts import (
+    context_length,
+    context_of,
+    eos_token_ids,
+    kv_bytes_per_token,
+    kv_shape,
+    require_context,
+)
 from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
 from fastppo.models.fused import fuse_layers, require_fused
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
@@ -31,6 +38,7 @@ __all__ = [
     "bare",
     "classify",
     "context_length",
+    "context_of",
     "critic_from",
     "eos_token_ids",
     "frozen",

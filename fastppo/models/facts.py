@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastppo.batch import Prompts
 from fastppo.checks import require
@@ -11,7 +11,12 @@ from fastppo.checks import require
 
 def context_length(model: PreTrainedModel) -> int:
     """Tokens the model can read; a very large number when its config sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 62
+    return context_of(model.config)
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """The same from the config alone."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 62
 
 
 def require_context(model: PreTrainedModel, prompts: Prompts, limits: Sequence[int]) -> int:
