@@ -107,6 +107,11 @@ def test_a_chunk_of_a_cpu_takes_the_caches_share_or_few_rows_or_what_the_gradien
     assert size <= max(head.CHUNK_BYTES["cpu"], 4 * head.MIN_CHUNK_ROWS * V, 4 * V * H)
 
 
+def test_wide_heads_have_wide_chunks() -> None:
+    sizes = [default_chunk_size(151936, H, torch.device("cpu")) for H in (511, 512)]
+    assert sizes == [head.MIN_CHUNK_ROWS, head.WIDE_CHUNK_ROWS] == [256, 512]
+
+
 def test_products_are_exact_inside_and_switches_are_put_back() -> None:
     matmul = torch.backends.cuda.matmul
     before = [getattr(matmul, name) for name in SWITCHES]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastppo_kernels import linear
-from numerics import DEVICE, assert_as_accurate
+from numerics import assert_as_accurate
 
 
 def run(fn, x, weight, bias, upstream):
@@ -82,13 +82,34 @@ def test_a_wrong_width_is_named():
         linear(torch.randn(2, 5), torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (16, 1), (1, 20), (16, 20)], ids=str)
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_bias_of_another_shape_means_what_it_means_to_pytorch(shape, rows, gradients):
+    x, weight, bias = torch.randn(rows, 8), torch.randn(20, 8), torch.randn(shape)
+    with torch.set_grad_enabled(gradients):
+        try:
+            wanted = torch.nn.functional.linear(x, weight, bias)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                linear(x, weight, bias)
+        else:
+            torch.testing.assert_close(linear(x, weight, bias), wanted)
+
+
+def test_a_weight_of_no_rows_gives_no_columns():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(0, 8, requires_grad=True)
+    made = linear(x, weight)
+    dx, dweight = torch.autograd.grad(made.sum(), (x, weight))
+    assert made.shape == (3, 0) and not dx.any() and dweight.shape == (0, 8)
+
+
 @pytest.mark.parametrize("shape", [(768, 96), (96, 768), (64, 1000)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(shape, with_bias):
-    """But for one alone: few rows change the operand that is packed, and no order of summation."""
+    """On a CPU, and but for one alone."""
     (width, out), rows = shape, 40
-    x, weight = torch.randn(rows, width, device=DEVICE), torch.randn(out, width, device=DEVICE)
-    bias = torch.randn(out, device=DEVICE) if with_bias else None
+    x, weight, bias = torch.randn(rows, width), torch.randn(out, width), torch.randn(out) if with_bias else None
     whole = linear(x, weight, bias)
     for n in range(2, rows):
         made = linear(x[:n], weight, bias)
@@ -98,9 +119,9 @@ def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(shape, with_bias)
 @pytest.mark.parametrize("rows", [1, 2, 3, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_bits_are_the_same_with_and_without_gradients_and_for_every_shape_of_the_rows(rows, with_bias):
-    """The first may be counted on as scoring and training meet: a ratio of 1, not of 1.0000001."""
-    x, weight = torch.randn(rows, 96, device=DEVICE), torch.randn(200, 96, device=DEVICE, requires_grad=True)
-    bias = torch.randn(200, device=DEVICE) if with_bias else None
+    """Scoring and training meet: a ratio of 1, not of 1.0000001."""
+    x, weight = torch.randn(rows, 96), torch.randn(200, 96, requires_grad=True)
+    bias = torch.randn(200) if with_bias else None
     learning = linear(x, weight, bias)
     with torch.no_grad():
         for shape in [(rows,), (1, rows), (rows, 1)]:

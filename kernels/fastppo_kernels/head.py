@@ -33,7 +33,7 @@ from fastppo_kernels.reference import working_dtype
 # reading and writing of the weight's gradient, 8 V H bytes, so few chunks.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
 MIN_CHUNK_ROWS = 256  # below this, reading the weight and adding to its gradient takes longer than multiplying
-WIDE_CHUNK_ROWS = 512  # and so many where the weight's gradient takes as much memory as their logits
+WIDE_CHUNK_ROWS = 512  # and so many where the gradient of the weight, if one is made, is as large as their logits
 PIECE_ROWS = 1024  # on a GPU: fills an H200 with 128 x 256 tiles when H = 4096, and half of it is what padding costs
 STRIDE = 64  # elements: every row of the buffer begins at a multiple of 16 bytes, whatever the vocabulary
 
@@ -244,7 +244,8 @@ def peak_bytes(
     chunk = min(common_floor(chunk) if cpu else chunk, R)
     pads = cpu and common_size(chunk) != chunk
     chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
-    padded = chunk if cpu else -(-chunk // PIECE_ROWS) * PIECE_ROWS
+    piece = min(PIECE_ROWS, chunk_size or default_chunk_size(V, H, device))
+    padded = chunk if cpu else -(-chunk // piece) * piece
     small, converts = cpu and _is_kept(V, H), weight_dtype.itemsize != operand
     copies = operand * (chunk * H * (pads or hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
     logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)

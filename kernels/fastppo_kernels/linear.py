@@ -17,9 +17,6 @@ from torch import Tensor
 from fastppo_kernels.checks import check_device, check_shape
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Up to so many rows of x the weight is the operand that oneDNN reads as it lies, and x the one that it packs, for
-# vectors of so many lanes, if few of them are empty.
-MOST_FEW, LANES = 32, 16
 TILE_BYTES = 1 << 20  # of one result of `product`, which is new memory: so much stays in the cache of a core
 
 
@@ -37,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         check_device(x=x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        return _product_of_rows(x, weight, bias)
+        return product(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -48,10 +45,11 @@ def _goes_to_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.dtype is torch.float32
         and x.is_cpu
         and weight.is_cpu
-        and (bias is None or (bias.dtype is torch.float32 and bias.is_cpu))
         and x.numel() > 0
-        and x.shape[-1] == weight.shape[-1]
+        and weight.numel() > 0
         and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1]))
         and _allows_onednn()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -130,20 +128,11 @@ def _tiles(length: int, other: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of (..., H) rows; the same bits both ways."""
-    num_rows = x.numel() // x.shape[-1]
-    if num_rows > MOST_FEW or -num_rows % LANES >= LANES // 4 or not (x.is_contiguous() and weight.is_contiguous()):
-        return product(x, weight, bias)
-    made = product(weight, x.view(num_rows, -1)).T.contiguous().view(*x.shape[:-1], -1)
-    return made if bias is None else made.add_(bias)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product_of_rows(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
