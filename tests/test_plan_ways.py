@@ -1,16 +1,17 @@
 """Ways to fit end, and are found where there are some."""
 
-import subprocess
-import sys
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fastppo.cli import parse_run
 from fastppo.memory import report, ways
 from fastppo.memory.plan import Plan, Setting, make_plan
 from fastppo.memory.setting import setting_of
-from fastppo.memory.ways import Way, least, ways_to_fit
+from fastppo.memory.ways import Way, changed, least, ways_to_fit
+from fastppo.run_file import to_dict
 from test_memory import CUDA, plan_of, wide
 
 
@@ -44,18 +45,29 @@ def test_what_one_sequence_at_a_time_cannot_a_whole_minibatch_may(tmp_path: Path
     assert {"ppo.roll_back": False} in [way.keys for way in ways_to_fit(undone, plan_of(undone, budget))]
 
 
-def test_a_way_that_gives_up_the_critic_has_no_other_keys_of_it() -> None:
-    kinds: dict[str, object] = {f"{role}_optimizer.kind": "adamw-8bit" for role in ("policy", "critic")}
-    moved: dict[str, object] = {f"offload.{key}": "move" for key in ("critic", "critic_optimizer", "policy_optimizer")}
-    given_up: dict[str, object] = {"ppo.advantage": "reinforce++", "critic.init": "policy"}
-    left = given_up | {"policy_optimizer.kind": "adamw-8bit", "offload.policy_optimizer": "move"}
-    assert ways._of_those_left(given_up | kinds | moved) == left
-    assert ways._of_those_left(kinds | moved) == kinds | moved
+@pytest.mark.parametrize("written", ["keep", "move"])
+@pytest.mark.parametrize(
+    ("given_up", "offloaded"), [("ppo.advantage", {"critic", "critic_optimizer"}), ("ppo.kl_coef", {"reference"})]
+)
+def test_a_model_that_is_given_up_is_moved_no_longer(
+    given_up: str, offloaded: set[str], written: str, tmp_path: Path
+) -> None:
+    """Nor has it an optimizer: what is offered is a legal run, whatever was in host memory before."""
+    run = wide(tmp_path, offload={**dict.fromkeys(offloaded, written), "policy_optimizer": "keep"})
+    changes = [*ways._offloads(run), *ways._changes(run, "cuda")]
+    (change,) = [c for c in changes if given_up in c.keys]
+    others = [c for c in changes if c is not change and not ways._alternatives((c, change))]
+    made = [ways._of_those_left({**other.keys, **change.keys}) for other in others]
+    legal = [changed(run, keys) for keys in made if "memory.share" not in keys]
+    assert legal and all(c.offload.chosen.keys().isdisjoint(offloaded) for c in legal)
+    assert not any(key.startswith("critic_optimizer.") for keys in made for key in keys if given_up == "ppo.advantage")
 
 
 def test_a_way_is_printed_as_the_command_line_takes_it(tmp_path: Path) -> None:
     keys = {"train.async_save": False, "rollout.keep_memory": True, "rollout.max_rows": 8}
-    said = report.flags(Way(keys, "", plan_of(wide(tmp_path))))
+    run = wide(tmp_path)
+    said = report.flags(Way(keys, "", plan_of(run)))
     assert said == "--train.no-async-save --rollout.keep-memory --rollout.max-rows 8"
-    command = [sys.executable, "-m", "fastppo", "plan", "nothing.toml", *said.split()]
-    assert "unknown" not in subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    (tmp_path / "run.json").write_text(json.dumps(to_dict(run)))
+    read = parse_run(str(tmp_path / "run.json"), said.split(), "plan")
+    assert read == changed(run, keys) != run

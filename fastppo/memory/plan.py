@@ -163,7 +163,7 @@ def make_plan(setting: Setting, budget: int | None = None) -> Plan:
     here = functools.partial(on_device, setting)
     on_cpu = host.checkpoint_copy(setting) if setting.device.type == "cpu" else 0  # which is host memory
     saved = Parts({"checkpoint copy": on_cpu})  # in the next rollout too: it is written beside training
-    sampler, kept = _rollout(setting, here().total() + on_cpu, budget)
+    sampler, kept = _rollout(setting, here().total(), budget)
     awake, between = _servers(setting.work, budget)
     made = [Phase("load", loading(setting) + awake), Phase("rollout", here() + sampler + awake + saved)]
     later = kept + between + saved

@@ -9,6 +9,7 @@ from fastppo.memory.plan import GIB, Phase, Plan
 from fastppo.memory.ways import Way
 
 BAR, BEYOND = 40, 10  # characters of a bar up to the budget, and at most past it
+NO_WAY = "no three changes of its keys make it fit: take a smaller model"
 BESIDE = "process and allocator"
 FILLS = "█▓▒░▚▞▤▥▦▧▨ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # more than there are components
 
@@ -30,7 +31,7 @@ def show(plan: Plan, ways: list[Way]) -> None:
         needs = f"needs {gib(way.plan.needed)}"
         console.print(f"  {i}. {flags(way)}  ({needs}; {way.cost})", highlight=False, markup=False, soft_wrap=True)
     if not plan.fits and not ways:
-        console.print("  no few keys of the run file make it fit", highlight=False)
+        console.print(f"  {NO_WAY}", highlight=False)
 
 
 def flags(way: Way) -> str:

@@ -17,6 +17,7 @@ MOST_WAYS, MOST_CHANGES = 3, 3
 SILENT_S = 5.0  # of a search
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
 KEY_OF = {"max_tokens": "ppo.max_tokens_per_microbatch", "max_rows": "rollout.max_rows"}
+KEYS_OF = {"ppo.advantage": ("critic_optimizer.", "offload.critic"), "ppo.kl_coef": ("offload.reference",)}
 KEYS = tuple(f.name for f in fields(OffloadConfig))
 
 
@@ -84,10 +85,12 @@ def _portions(setting: Setting, **sizes: int) -> Setting:
 
 def changed(config: RunConfig, keys: dict[str, object]) -> RunConfig:
     """The config with dotted keys replaced."""
+    tables: dict[str, dict[str, object]] = {}
     for key, value in keys.items():
         table, _, name = key.partition(".")
-        config = replace(config, **{table: replace(getattr(config, table), **{name: value})})
-    return config
+        tables.setdefault(table, {})[name] = value
+    made = {table: replace(getattr(config, table), **values) for table, values in tables.items()}
+    return replace(config, **made)
 
 
 def _changes(config: RunConfig, device: str) -> Iterator[Change]:
@@ -101,11 +104,12 @@ def _changes(config: RunConfig, device: str) -> Iterator[Change]:
     if config.policy.dtype == "float32":
         yield Change({"policy.dtype": "bfloat16"}, "the models compute in bfloat16", 3)
     if critic:
-        keys: dict[str, object] = {"ppo.advantage": "reinforce++"}
-        keys |= {} if config.critic.init == "policy" else {"critic.init": "policy"}
+        keys: dict[str, object] = {} if config.critic.init == "policy" else {"critic.init": "policy"}
+        keys |= {"ppo.advantage": "reinforce++", **_kept(config, "critic", "critic_optimizer")}
         yield Change(keys, "no critic: another estimator of advantages", 5)
     if config.ppo.kl_coef > 0 and config.ppo.kl_target is None:
-        yield Change({"ppo.kl_coef": 0.0}, "no reference: nothing holds the policy to where it began", 6)
+        keys = {"ppo.kl_coef": 0.0, **_kept(config, "reference")}
+        yield Change(keys, "no reference: nothing holds the policy to where it began", 6)
 
 
 def _recomputation(config: RunConfig, device: str) -> Iterator[Change]:
@@ -122,9 +126,14 @@ def _recomputation(config: RunConfig, device: str) -> Iterator[Change]:
 
 
 def _of_those_left(keys: dict[str, object]) -> dict[str, object]:
-    """Without keys of a critic that is given up by another of them."""
-    of_critic = ("critic_optimizer.", "offload.critic") if "ppo.advantage" in keys else ()
-    return {key: value for key, value in keys.items() if not key.startswith(of_critic)}
+    """Without keys of a model that is given up by another of them."""
+    gone = tuple(prefix for key in keys for prefix in KEYS_OF.get(key, ()))
+    return {key: value for key, value in keys.items() if value == "keep" or not key.startswith(gone)}
+
+
+def _kept(config: RunConfig, *given_up: str) -> dict[str, object]:
+    """What is to be moved no longer, where there will be nothing to move."""
+    return {f"offload.{key}": "keep" for key in given_up if getattr(config.offload, key) != "keep"}
 
 
 def _milder(keys: dict[str, object]) -> list[dict[str, object]]:
