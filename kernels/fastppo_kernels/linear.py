@@ -30,8 +30,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., V) in the dtype of `x`, differentiable in all three.
     """
     if not _goes_to_onednn(x, weight, bias):
-        check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
-        check_device(x=x, weight=weight, bias=bias)
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.device != x.device:  # PyTorch says less
+            check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
+            check_device(x=x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)
