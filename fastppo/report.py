@@ -36,8 +36,8 @@ class Phase:
 class Show:
     """Call it with the metrics of every step that is done; `phase` names what runs until the next call.
 
-    On a terminal both are drawn in the bar. Without one every tenth of the steps is a line, and so is a step or a phase
-    that begins after `SILENCE_S` without a line.
+    On a terminal both are drawn in the bar. Without one the first step and every tenth of them is a line, and so is a
+    step or a phase that begins after `SILENCE_S` without a line.
     """
 
     def __init__(self, bar: Progress, task: TaskID, *, plain: bool) -> None:
@@ -52,7 +52,7 @@ class Show:
         self.bar.update(self.task.id, advance=1, numbers=numbers, phase=Phase())
         self.stepped = time.monotonic()
         done = int(self.task.completed)
-        if done % self.every == 0 or done == self.total or self.stepped - self.spoke >= SILENCE_S:
+        if done % self.every == 0 or done in (1, self.total) or self.stepped - self.spoke >= SILENCE_S:
             self._print(numbers)
 
     def phase(self, name: str) -> None:

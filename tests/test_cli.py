@@ -167,8 +167,10 @@ def test_values_are_refused_in_the_words_of_the_file(changes: Any, tmp_path: Pat
     """One line, whether a value is illegal or the values are so together."""
     said = []
     for in_file, args in ((changes, []), ({}, [f"--{t}.{k}={v}" for t in changes for k, v in changes[t].items()])):
+        written = runs.run_file(tmp_path, **in_file)
+        capsys.readouterr()  # what saving the model says
         with pytest.raises(SystemExit) as ended:
-            main(["train", runs.run_file(tmp_path, **in_file), *args])
+            main(["train", written, *args])
         assert ended.value.code == 2
         said.append(capsys.readouterr().err)
     assert said[0] == said[1] and said[0].startswith("fastppo: ") and said[0].count("\n") == 1
