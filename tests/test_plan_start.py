@@ -43,6 +43,12 @@ def test_responses_that_fill_the_context_are_refused_without_knowing_a_prompt(tm
         )
 
 
+def test_no_prompt_is_planned_that_the_context_has_no_room_for(tmp_path: Path) -> None:
+    longer = wide(tmp_path, data={"max_prompt_tokens": 10000}, rollout={"max_new_tokens": 96})
+    work = plan_of(longer).setting.work
+    assert work.prompt == 4000 and work.longest == 4096
+
+
 @pytest.mark.parametrize("key", [{"lora_rank": 64}, {"lora_alpha": 8.0}, {"lora_targets": ["q_proj"]}], ids=str)
 def test_keys_of_adapters_are_refused_where_there_are_none(key: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are of adapters: set memory.share = 'lora', or leave them out"):

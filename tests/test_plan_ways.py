@@ -1,5 +1,6 @@
 """Ways to fit end, and are found where there are some."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_what_one_sequence_at_a_time_cannot_a_whole_minibatch_may(tmp_path: Path
     undone = wide(tmp_path, ppo={"num_minibatches": 4, "target_kl": 1.0, "roll_back": True})
     assert not plan_of(undone, budget).fits
     assert {"ppo.roll_back": False} in [way.keys for way in ways_to_fit(undone, plan_of(undone, budget))]
+
+
+def test_a_package_that_is_not_installed_hides_no_other_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, found = wide(tmp_path), importlib.util.find_spec
+    budget = make_plan(setting_of(run, CUDA)).needed // 2
+    hidden = {"peft", "torchao"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name in hidden else found(name, *at))
+    offered = ways_to_fit(run, plan_of(run, budget))
+    assert offered and not any("memory.share" in way.keys for way in offered)
+    packed = [way.cost for way in offered if "policy_optimizer.kind" in way.keys]
+    assert packed and all("pip install 'fastppo[torchao]'" in cost for cost in packed)
 
 
 @pytest.mark.parametrize("written", ["keep", "move"])

@@ -27,8 +27,8 @@ def setting_of(
     """What is planned for one rank.
 
     Args:
-        prompt_tokens: of the longest prompt; None: data.max_prompt_tokens.
-        evaluation: held-out prompts, tokens of the longest; None: train.eval_prompts_max and data.max_prompt_tokens.
+        prompt_tokens: of the longest prompt; None: data.max_prompt_tokens, or what the context leaves for one.
+        evaluation: held-out prompts, tokens of the longest; None: train.eval_prompts_max, and as for the prompts.
 
     Raises:
         ValueError: the config of a model cannot be read, responses leave no room for a prompt in the policy's context,
@@ -52,7 +52,7 @@ def setting_of(
         critic=_critic(config, device),
         reference=_reference(config, device),
         rewards=tuple((_reward(r, config, device), r.batch_size) for r in _reward_models(config)),
-        work=_work(config, prompt_tokens, world_size, evaluation),
+        work=_work(config, prompt_tokens, context - response, world_size, evaluation),
         roll_back=config.ppo.roll_back,
         offload=config.offload,
         copies_to_save=config.train.async_save and (config.train.save_every > 0 or config.train.keep_best),
@@ -76,14 +76,17 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _work(config: RunConfig, prompt_tokens: int | None, world_size: int, evaluation: tuple[int, int] | None) -> Work:
-    evaluates = config.data.eval_prompts is not None
-    few, longest = evaluation or (config.train.eval_prompts_max * evaluates, config.data.max_prompt_tokens * evaluates)
+def _work(
+    config: RunConfig, prompt_tokens: int | None, room: int, world_size: int, evaluation: tuple[int, int] | None
+) -> Work:
+    """`room`: what the context leaves for a prompt."""
+    evaluates, most = config.data.eval_prompts is not None, min(config.data.max_prompt_tokens, room)
+    few, longest = evaluation or (config.train.eval_prompts_max * evaluates, most * evaluates)
     rollout, sequences = config.rollout, config.rollout.num_prompts * config.rollout.samples_per_prompt // world_size
     work = Work(
         sequences=sequences,
         minibatch=-(-sequences // config.ppo.num_minibatches),
-        prompt=prompt_tokens or config.data.max_prompt_tokens,
+        prompt=prompt_tokens or most,
         response=rollout.max_new_tokens,
         max_tokens=config.ppo.max_tokens_per_microbatch,
         max_rows=rollout.max_rows,

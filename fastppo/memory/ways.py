@@ -1,5 +1,6 @@
 """Ways to fit: changes of a run file's keys, the cheapest first, each tried by another plan."""
 
+import importlib.util
 import itertools
 import sys
 import time
@@ -149,12 +150,17 @@ def _optimizers(config: RunConfig) -> Iterator[Change]:
     roles = ["policy_optimizer", *(["critic_optimizer"] if config.ppo.advantage == "gae" else [])]
     if all(getattr(config, role).kind == "adamw" for role in roles):
         keys: dict[str, object] = {f"{role}.kind": "adamw-8bit" for role in roles}
-        yield Change(keys, "moments in 8 bits (torchao)", 2)
+        needs = "torchao" if _is_installed("torchao") else "pip install 'fastppo[torchao]'"
+        yield Change(keys, f"moments in 8 bits ({needs})", 2)
     if config.policy.dtype == "bfloat16" and all(getattr(config, role).masters == "float32" for role in roles):
         keys = {f"{role}.masters": "stochastic" for role in roles}
         yield Change(keys, "weights are rounded at random, without float32 copies", 3)
-    if config.memory.share == "none":
+    if config.memory.share == "none" and _is_installed("peft"):  # which plans the adapters too
         yield Change({"memory.share": "lora"}, "adapters are trained, not the weights (peft)", 4)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _offloads(config: RunConfig) -> Iterator[Change]:
