@@ -82,6 +82,13 @@ def test_a_wrong_width_is_named():
         linear(torch.randn(2, 5), torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("away", ["weight", "bias"])
+def test_an_operand_on_another_device_is_named(away):
+    given = {"weight": torch.randn(3, 5), "bias": torch.randn(3)}
+    with pytest.raises(ValueError, match=f"{away} must lie on the device of x, cpu, got meta"):
+        linear(torch.randn(2, 5), **(given | {away: given[away].to("meta")}))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (16, 1), (1, 20), (16, 20)], ids=str)
 @pytest.mark.parametrize("rows", [3, 16])
 @pytest.mark.parametrize("gradients", [False, True])

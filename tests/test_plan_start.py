@@ -38,9 +38,7 @@ def test_what_a_cpu_cannot_run_is_refused_by_plan_as_by_train(changes: dict[str,
 def test_responses_that_fill_the_context_are_refused_without_knowing_a_prompt(tmp_path: Path) -> None:
     context = plan_of(wide(tmp_path)).setting.policy.config.max_position_embeddings
     with pytest.raises(InputError, match=f"no room for a prompt in the policy's context of {context}"):
-        plan_of(
-            wide(tmp_path, rollout={"max_new_tokens": context}, ppo={"max_tokens_per_microbatch": 2 * context}), None
-        )
+        plan_of(wide(tmp_path, rollout={"max_new_tokens": context}))
 
 
 def test_no_prompt_is_planned_that_the_context_has_no_room_for(tmp_path: Path) -> None:

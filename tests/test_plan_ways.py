@@ -11,6 +11,7 @@ from fastppo.cli import parse_run
 from fastppo.memory import report, ways
 from fastppo.memory.plan import Plan, Setting, make_plan
 from fastppo.memory.setting import setting_of
+from fastppo.memory.start import refusal
 from fastppo.memory.ways import Way, changed, least, ways_to_fit
 from fastppo.run_file import to_dict
 from test_memory import CUDA, plan_of, wide
@@ -55,6 +56,8 @@ def test_a_package_that_is_not_installed_hides_no_other_way(tmp_path: Path, monk
     assert offered and not any("memory.share" in way.keys for way in offered)
     packed = [way.cost for way in offered if "policy_optimizer.kind" in way.keys]
     assert packed and all("pip install 'fastppo[torchao]'" in cost for cost in packed)
+    hopeless = plan_of(run, 2**30)
+    assert not ways_to_fit(run, hopeless) and "pip install 'fastppo[lora]'" in refusal(hopeless, [])
 
 
 @pytest.mark.parametrize("written", ["keep", "move"])

@@ -6,10 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastppo.memory.plan import GIB, Phase, Plan
-from fastppo.memory.ways import Way
+from fastppo.memory.ways import Way, is_installed
 
 BAR, BEYOND = 40, 10  # characters of a bar up to the budget, and at most past it
-NO_WAY = "no three changes of its keys make it fit: take a smaller model"
 BESIDE = "process and allocator"
 FILLS = "█▓▒░▚▞▤▥▦▧▨ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # more than there are components
 
@@ -31,7 +30,13 @@ def show(plan: Plan, ways: list[Way]) -> None:
         needs = f"needs {gib(way.plan.needed)}"
         console.print(f"  {i}. {flags(way)}  ({needs}; {way.cost})", highlight=False, markup=False, soft_wrap=True)
     if not plan.fits and not ways:
-        console.print(f"  {NO_WAY}", highlight=False)
+        console.print(f"  {no_way()}", highlight=False, markup=False, soft_wrap=True)
+
+
+def no_way() -> str:
+    """What to say where none was found."""
+    untried = "" if is_installed("peft") else "; adapters were not tried, they need pip install 'fastppo[lora]'"
+    return f"no three changes of its keys make it fit: take a smaller model{untried}"
 
 
 def flags(way: Way) -> str:

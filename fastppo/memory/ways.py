@@ -18,7 +18,7 @@ MOST_WAYS, MOST_CHANGES = 3, 3
 SILENT_S = 5.0  # of a search
 RECOMPUTED, EVERY = "layers.checkpointing", "layers.checkpoint_every"
 KEY_OF = {"max_tokens": "ppo.max_tokens_per_microbatch", "max_rows": "rollout.max_rows"}
-KEYS_OF = {"ppo.advantage": ("critic_optimizer.", "offload.critic"), "ppo.kl_coef": ("offload.reference",)}
+GIVEN_UP_BY = {"ppo.advantage": ("critic_optimizer.", "offload.critic"), "ppo.kl_coef": ("offload.reference",)}
 KEYS = tuple(f.name for f in fields(OffloadConfig))
 
 
@@ -128,7 +128,7 @@ def _recomputation(config: RunConfig, device: str) -> Iterator[Change]:
 
 def _of_those_left(keys: dict[str, object]) -> dict[str, object]:
     """Without keys of a model that is given up by another of them."""
-    gone = tuple(prefix for key in keys for prefix in KEYS_OF.get(key, ()))
+    gone = tuple(prefix for key in keys for prefix in GIVEN_UP_BY.get(key, ()))
     return {key: value for key, value in keys.items() if value == "keep" or not key.startswith(gone)}
 
 
@@ -150,16 +150,17 @@ def _optimizers(config: RunConfig) -> Iterator[Change]:
     roles = ["policy_optimizer", *(["critic_optimizer"] if config.ppo.advantage == "gae" else [])]
     if all(getattr(config, role).kind == "adamw" for role in roles):
         keys: dict[str, object] = {f"{role}.kind": "adamw-8bit" for role in roles}
-        needs = "torchao" if _is_installed("torchao") else "pip install 'fastppo[torchao]'"
+        needs = "torchao" if is_installed("torchao") else "pip install 'fastppo[torchao]'"
         yield Change(keys, f"moments in 8 bits ({needs})", 2)
     if config.policy.dtype == "bfloat16" and all(getattr(config, role).masters == "float32" for role in roles):
         keys = {f"{role}.masters": "stochastic" for role in roles}
         yield Change(keys, "weights are rounded at random, without float32 copies", 3)
-    if config.memory.share == "none" and _is_installed("peft"):  # which plans the adapters too
+    if config.memory.share == "none" and is_installed("peft"):  # which plans the adapters too
         yield Change({"memory.share": "lora"}, "adapters are trained, not the weights (peft)", 4)
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether it can be imported; what cannot be planned without it is not tried."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -240,11 +240,10 @@ def peak_bytes(
     """
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
-    chunk = chunk_size or default_chunk_size(V, H, device)
-    chunk = min(common_floor(chunk) if cpu else chunk, R)
+    asked = chunk_size or default_chunk_size(V, H, device)
+    chunk, piece = min(common_floor(asked) if cpu else asked, R), min(PIECE_ROWS, asked)
     pads = cpu and common_size(chunk) != chunk
     chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
-    piece = min(PIECE_ROWS, chunk_size or default_chunk_size(V, H, device))
     padded = chunk if cpu else -(-chunk // piece) * piece
     small, converts = cpu and _is_kept(V, H), weight_dtype.itemsize != operand
     copies = operand * (chunk * H * (pads or hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))

@@ -30,8 +30,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., V) in the dtype of `x`, differentiable in all three.
     """
     if not _goes_to_onednn(x, weight, bias):
-        if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.device != x.device:  # PyTorch says less
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:  # PyTorch says less
             check_shape((weight.shape[0], x.shape[-1]), "(V, H)", weight=weight)
+        if weight.device != x.device or (bias is not None and bias.device != x.device):
             check_device(x=x, weight=weight, bias=bias)
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
