@@ -1,18 +1,15 @@
 """What moved between two files of records, beyond their noise.
 
-The noise of a measurement is the band of its rounds: 20th to 80th percentile, or all of them where there are fewer than
-8. Two measurements differ when their bands do not overlap, by more than `RUN_TO_RUN`, which two runs of one build may
-differ by although each is steady (memory layout, clocks). Where both files timed the yardstick between the rounds, the
-same must hold after dividing by it, round by round: a machine that slowed down slowed both. The smaller of the two
-changes is the one that counts. On a CPU this is asked of the wall clock and of the process's CPU time, which other load
-disturbs less, and the larger change counts: what waits shows in the one, what computes in the other. Only fastppo's own
-times are judged.
+A measurement is compared in units of the yardstick that was timed beside it, round by round: a machine that slowed down
+slowed both. Its noise is the band of its rounds: 20th to 80th percentile, or all of them where there are fewer than 8.
+Two measurements differ when their bands do not overlap, by more than `RUN_TO_RUN`, which two runs of one build may
+differ by although each is steady (memory layout, clocks), and when the milliseconds moved the same way: a yardstick
+that a new torch made faster slows nothing. Only fastppo's own times are judged.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +23,11 @@ from fastppo.checks import require
 RUN_TO_RUN = {"cpu": 1.15, "gpu": 1.05}
 MANY = 8  # rounds from which percentiles say more than the extremes
 Key = tuple[str, str, str, str, str, int]
-CLOCKS = (("rounds_ms", "yardstick_ms"), ("cpu_rounds_ms", "yardstick_cpu_ms"))
 
 
 @dataclass(frozen=True)
 class Times:
-    """The rounds of one measurement by one clock, ms."""
+    """The rounds of one measurement and of the yardstick beside it, ms."""
 
     rounds: list[float] = field(default_factory=list)
     yardstick: list[float] = field(default_factory=list)
@@ -51,12 +47,15 @@ class Change:
     ratio: float
     low: float
     high: float
+    in_ms: float
+    """The ratio without a yardstick."""
 
     @property
     def moved(self) -> bool:
         """Whether it is more than noise."""
         allowed = RUN_TO_RUN[self.key[4].split()[0]]
-        return not self.low <= 1 <= self.high and not 1 / allowed <= self.ratio <= allowed
+        beyond = not self.low <= 1 <= self.high and not 1 / allowed <= self.ratio <= allowed
+        return beyond and (self.ratio - 1) * (self.in_ms - 1) > 0
 
 
 def band(rounds: Sequence[float]) -> tuple[float, float]:
@@ -67,39 +66,22 @@ def band(rounds: Sequence[float]) -> tuple[float, float]:
     return fifths[0], fifths[-1]
 
 
-def change(key: Key, old: Sequence[Times], new: Sequence[Times]) -> Change:
-    """The larger of the changes that the clocks show, those beyond noise first."""
-    found = [_by_clock(key, a, b) for a, b in zip(old, new, strict=True) if a.rounds and b.rounds]
-    return max(found, key=lambda c: (c.moved, abs(math.log(c.ratio))))
+def change(key: Key, old: Times, new: Times) -> Change:
+    """In units of the yardstick where both were timed beside it."""
+    relative = bool(old.relative and new.relative)
+    before, after = (old.relative, new.relative) if relative else (old.rounds, new.rounds)
+    (old_low, old_high), (new_low, new_high) = band(before), band(after)
+    ratios = [statistics.median(b) / statistics.median(a) for a, b in ((before, after), (old.rounds, new.rounds))]
+    return Change(key, ratios[0], new_low / old_high, new_high / old_low, ratios[1])
 
 
-def _by_clock(key: Key, old: Times, new: Times) -> Change:
-    """By the times alone or in yardsticks, whichever says that less has changed."""
-    found = [_change(key, old.rounds, new.rounds)]
-    if old.relative and new.relative:
-        found.append(_change(key, old.relative, new.relative))
-    still = [c for c in found if not c.moved]
-    if still:
-        return still[0]
-    if len({c.ratio > 1 for c in found}) == 2:  # they disagree about the direction
-        return Change(key, 1.0, min(c.low for c in found), max(c.high for c in found))
-    return min(found, key=lambda c: abs(math.log(c.ratio)))
-
-
-def _change(key: Key, old: Sequence[float], new: Sequence[float]) -> Change:
-    (old_low, old_high), (new_low, new_high) = band(old), band(new)
-    return Change(key, statistics.median(new) / statistics.median(old), new_low / old_high, new_high / old_low)
-
-
-def times_of(lines: Iterable[Record]) -> dict[Key, list[Times]]:
-    """By what was measured, for each clock; a file that holds a measurement several times has the rounds of all."""
-    found: dict[Key, list[Times]] = {}
+def times_of(lines: Iterable[Record]) -> dict[Key, Times]:
+    """By what was measured; a file that holds a measurement several times has the rounds of all."""
+    found: dict[Key, Times] = {}
     for line in (line for line in lines if line.get("rounds_ms")):
-        for times, (rounds, ticks) in zip(
-            found.setdefault(key_of(line), [Times() for _ in CLOCKS]), CLOCKS, strict=True
-        ):
-            times.rounds.extend(line.get(rounds, []))
-            times.yardstick.extend(line.get(ticks, []))
+        times = found.setdefault(key_of(line), Times())
+        times.rounds.extend(line["rounds_ms"])
+        times.yardstick.extend(line.get("yardstick_ms", []))
     return found
 
 

@@ -127,7 +127,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
                 "peak_extra_mb": memory[name] / 2**20,
             }
         )
-        | _clocks(times[name], times[YARDSTICK], options.device)
+        | {"yardstick_ms": [records.short(1e3 * x) for x in times[YARDSTICK].wall]}
         | _graph(v, options.device)
         for name, v in variants.items()
     ]
@@ -137,14 +137,6 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
     here = machine(options.device, options.seed, options.commit)
     records.append(options.out, [line | {"machine": here} for line in lines])
     return lines
-
-
-def _clocks(times: _Times, stick: _Times, device: str) -> Record:
-    """The rounds by clock, with the yardstick's: what `compare` reads."""
-    read = {"yardstick_ms": stick.wall}
-    if device == "cpu":
-        read |= {"cpu_rounds_ms": times.cpu, "yardstick_cpu_ms": stick.cpu}
-    return {name: [records.short(1e3 * x) for x in seconds] for name, seconds in read.items()}
 
 
 def _times_ours(times: _Times, ours: _Times) -> float:
