@@ -13,7 +13,7 @@ from fastppo import models
 from fastppo.bench import arguments, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
-from fastppo.bench.machine import machine
+from fastppo.bench.machine import cpu_name, machine
 from fastppo.bench.ops import OPS
 from fastppo.bench.step_settings import parser, settings
 from fastppo.checks import InputError
@@ -129,6 +129,13 @@ def test_files_that_share_nothing_and_lines_that_are_no_records_are_refused(tmp_
         bench(["kernels", "--out", str(tmp_path / "new"), "--compare", str(tmp_path / "none")])
     with pytest.raises(InputError, match="--compare needs --out"):
         bench(["kernels", "--compare", str(one)])
+
+
+def test_two_generations_of_one_name_are_two_machines():
+    core = "processor\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\ncpu family\t: {}\n\n"
+    older, newer = ("".join(core.format(i, *kind) for i in range(2)) for kind in ((17, 25), (2, 26)))
+    assert cpu_name(older) == "2 x AMD EPYC (family 25, model 17)" != cpu_name(newer)
+    assert cpu_name("model name : Cortex\n") == "1 x Cortex" and cpu_name("") == ""
 
 
 def test_the_command_refuses_a_suite_it_has_not(capsys):

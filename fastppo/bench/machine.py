@@ -201,6 +201,15 @@ def commit_of() -> str:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="ascii").splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    text = info.read_text(encoding="ascii") if info.exists() else ""
+    return cpu_name(text) or platform.processor()
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Of /proc/cpuinfo; with family and model, as a virtual machine may call two generations by one name."""
+    facts = [[part.strip() for part in line.split(":", 1)] for line in cpuinfo.splitlines() if ":" in line]
+    names = [fact[1] for fact in facts if fact[0] == "model name"]
+    first = {fact[0]: fact[1] for fact in reversed(facts)}
+    numbers = [f"{said} {first[key]}" for key, said in (("cpu family", "family"), ("model", "model")) if key in first]
+    kind = f" ({', '.join(numbers)})" if numbers else ""
+    return f"{len(names)} x {names[0]}{kind}" if names else ""
