@@ -1,10 +1,11 @@
 """What moved between two files of records, beyond their noise.
 
-A measurement is compared in units of the yardstick that was timed beside it, round by round: a machine that slowed down
-slowed both. Its noise is the band of its rounds: 20th to 80th percentile, or all of them where there are fewer than 8.
-Two measurements differ when their bands do not overlap, by more than `RUN_TO_RUN`, which two runs of one build may
-differ by although each is steady (memory layout, clocks), and when the milliseconds moved the same way: a yardstick
-that a new torch made faster slows nothing. Only fastppo's own times are judged.
+A measurement is compared in units of the yardstick that was timed beside it: a round over the median of the `AROUND`
+yardsticks around it, so a machine that slowed down slowed both. Its noise is the band of its rounds: the middle half,
+or all of them where there are fewer than 8. Two measurements differ when their bands do not overlap, by more than
+`RUN_TO_RUN`, which two runs of one build may differ by although each is steady (memory layout, clocks), and when the
+milliseconds moved the same way: a yardstick that a new torch made faster slows nothing. Only fastppo's own times are
+judged.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fastppo.bench.records import OURS, Record
 from fastppo.checks import require
 
 RUN_TO_RUN = {"cpu": 1.15, "gpu": 1.05}
-MANY = 8  # rounds from which percentiles say more than the extremes
+MANY = 8  # rounds from which quartiles say more than the extremes
+AROUND = 5  # a yardstick is shorter than most ops, so one alone is noisier than they are
 Key = tuple[str, str, str, str, str, int]
 
 
@@ -35,8 +37,11 @@ class Times:
     @property
     def relative(self) -> list[float]:
         """In units of the yardstick; empty without one."""
-        whole = len(self.rounds) == len(self.yardstick)
-        return [a / b for a, b in zip(self.rounds, self.yardstick, strict=True)] if whole else []
+        if len(self.rounds) != len(self.yardstick):
+            return []
+        side = AROUND // 2
+        around = (self.yardstick[max(0, i - side) : i + side + 1] for i in range(len(self.rounds)))
+        return [a / statistics.median(b) for a, b in zip(self.rounds, around, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def band(rounds: Sequence[float]) -> tuple[float, float]:
     """Where the rounds lie."""
     if len(rounds) < MANY:
         return min(rounds), max(rounds)
-    fifths = statistics.quantiles(rounds, n=5, method="inclusive")
-    return fifths[0], fifths[-1]
+    quarters = statistics.quantiles(rounds, n=4, method="inclusive")
+    return quarters[0], quarters[-1]
 
 
 def change(key: Key, old: Times, new: Times) -> Change:
