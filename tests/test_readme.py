@@ -30,10 +30,14 @@ def test_the_kernel_example_is_the_surrogate_at_ratio_one(capsys):
     assert abs(loss + float(names["advantages"].mean())) < 1e-6 and clipped == 0
 
 
-def newest(file: str, op: str, **setting: Any) -> dict[str, dict[str, Any]]:
-    """The last record of every variant."""
+EPYC, OTHER_EPYC = "2 x AMD EPYC", "2 x AMD EPYC (family 25, model 17)"
+
+
+def newest(file: str, op: str, device: str = EPYC, **setting: Any) -> dict[str, dict[str, Any]]:
+    """The last record of every variant on a device."""
     found = pages.newest(records.read(README.parent / "bench" / "results" / file))
-    mine = (r for r in found if r["op"] == op and setting.items() <= r["setting"].items())
+    here = (r for r in found if r["machine"]["device"] == device)
+    mine = (r for r in here if r["op"] == op and setting.items() <= r["setting"].items())
     return {r["variant"].split()[0]: r for r in mine if "skipped" not in r}
 
 
@@ -43,6 +47,11 @@ def test_its_measurements_are_the_committed_ones() -> None:
     ours, trl = speed["fastppo"], speed["TRL"]
     assert f"| {ours['median_ms'] / 1e3:.2f} s; TRL 1.12.0's `PPOTrainer` {trl['median_ms'] / 1e3:.2f} s" in text
     assert f"{trl['times_fastppo']:.2f} times as long" in text
+    assert f"{ours['machine']['matmul_float32_gflop_per_s']:.0f} GFLOP/s in float32 products" in text
+    other = newest("cpu-end-to-end.jsonl", "ppo_iteration", OTHER_EPYC)
+    times = f"{other['fastppo']['median_ms'] / 1e3:.2f} s; TRL {other['TRL']['median_ms'] / 1e3:.2f} s"
+    assert f"| {times}, {other['TRL']['times_fastppo']:.2f} times as long |" in text
+    assert f"({other['fastppo']['machine']['matmul_float32_gflop_per_s']:.0f} GFLOP/s)" in text
     assert f"| {ours['peak_extra_mb']:.0f} MB; TRL {trl['peak_extra_mb']:.0f} MB |" in text
     ends = [f"{reward[name]['reward_last']:.3f} +- {reward[name]['reward_sd']:.3f}" for name in ("fastppo", "TRL")]
     assert f"| {ends[0]}; TRL {ends[1]} |" in text
