@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastppo import models
-from fastppo.bench import arguments, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
+from fastppo.bench import arguments, compare, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
 from fastppo.bench.machine import cpu_name, machine
@@ -79,18 +79,59 @@ def test_a_machine_that_changed_its_speed_is_no_regression(factor: float, tmp_pa
     assert bench(["compare", str(old), str(new)]) == 0 and "0 moved" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("factor", [1.3, 0.7])
-def test_a_yardstick_that_changed_its_speed_is_no_change(factor: float, tmp_path: Path, capsys):
-    old = written(tmp_path / "old", [record("a", [1.0] * 9, [2.0] * 9)])
-    new = written(tmp_path / "new", [record("a", [1.0] * 9, [2.0 * factor] * 9)])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("factor", [1.4, 0.7])
+def test_a_yardstick_that_changed_its_speed_is_no_change(factor: float, seed: int, tmp_path: Path, capsys):
+    draw = random.Random(seed)
+    old, new = measured(draw, rounds=25), measured(draw, rounds=25)
+    new = [line | {"yardstick_ms": [factor * x for x in line["yardstick_ms"]]} for line in new]
+    old, new = written(tmp_path / "old", old), written(tmp_path / "new", new)
     assert bench(["compare", str(old), str(new)]) == 0 and "0 moved" in capsys.readouterr().out
+
+
+def slower(tmp_path: Path, old: list[Record], new: list[Record]) -> bool:
+    return bench(["compare", str(written(tmp_path / "old", old)), str(written(tmp_path / "new", new))]) == 1
+
+
+def test_a_yardstick_that_was_disturbed_hides_nothing(tmp_path: Path):
+    disturbed = [2.0, 1.0, 2.0, 1.0, 1.0] * 5
+    assert slower(tmp_path, [record("a", [1.0] * 25, disturbed)], [record("a", [1.3] * 25, disturbed)])
+
+
+def test_a_machine_that_slows_down_all_along_hides_nothing(tmp_path: Path):
+    drift = [1.04**i for i in range(25)]
+    assert slower(tmp_path, [record("a", drift, drift)], [record("a", [1.3 * x for x in drift], drift)])
+    assert not slower(tmp_path, [record("a", drift, drift)], [record("a", drift, drift)])
+
+
+def test_many_rounds_are_held_to_their_middle_half_and_few_to_more(tmp_path: Path):
+    def told(rounds: list[float]) -> bool:
+        return slower(tmp_path, [record("a", rounds)], [record("a", [1.2 * x for x in rounds])])
+
+    assert told([0.7] * 9 + [1.0] * 22 + [1.4] * 9)  # 22 % of them on either side
+    assert not told([0.7] * 3 + [1.0] * 6 + [1.4] * 3)
+    assert told([0.7] * 2 + [1.0] * 8 + [1.4] * 2) and not told([0.7] + [1.0] * 5 + [1.4])
+
+
+def test_on_a_gpu_less_is_noise(tmp_path: Path):
+    lines = [record("a", [x] * 9) for x in (1.0, 1.12)]
+    assert not slower(tmp_path, lines[:1], lines[1:])
+    for line in lines:
+        del line["machine"]["by_threads"]
+    assert slower(tmp_path, lines[:1], lines[1:])
+
+
+def test_runs_appended_to_one_file_keep_their_own_yardsticks(tmp_path: Path):
+    fast, slow = record("a", [1.0] * 9, [1.0] * 9), record("a", [2.0] * 9, [2.0] * 9)
+    times = next(iter(compare.times_of([fast, slow]).values()))
+    assert times.relative == [1.0] * 18 and len(times.rounds) == 18
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_slow_down_is_caught_on_a_machine_that_became_faster(seed: int, tmp_path: Path, capsys):
     draw = random.Random(seed)
     old = written(tmp_path / "old", measured(draw))
-    new = written(tmp_path / "new", measured(draw, slower=1.3, machine=0.85))
+    new = written(tmp_path / "new", measured(draw, slower=1.3, machine=0.92))
     assert bench(["compare", str(old), str(new)]) == 1 and capsys.readouterr().out.count("SLOWER") == 10
 
 

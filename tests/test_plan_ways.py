@@ -47,7 +47,9 @@ def test_what_one_sequence_at_a_time_cannot_a_whole_minibatch_may(tmp_path: Path
     assert {"ppo.roll_back": False} in [way.keys for way in ways_to_fit(undone, plan_of(undone, budget))]
 
 
-def test_a_package_that_is_not_installed_hides_no_other_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_hides_no_other_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, found = wide(tmp_path), importlib.util.find_spec
     budget = make_plan(setting_of(run, CUDA)).needed // 2
     hidden = {"peft", "torchao"}
@@ -58,6 +60,10 @@ def test_a_package_that_is_not_installed_hides_no_other_way(tmp_path: Path, monk
     assert packed and all("pip install 'fastppo[torchao]'" in cost for cost in packed)
     hopeless = plan_of(run, 2**30)
     assert not ways_to_fit(run, hopeless) and "pip install 'fastppo[lora]'" in refusal(hopeless, [])
+    report.show(hopeless, [])
+    assert "pip install 'fastppo[lora]'" in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.undo()
+    assert "fastppo[lora]" not in refusal(hopeless, [])
 
 
 @pytest.mark.parametrize("written", ["keep", "move"])

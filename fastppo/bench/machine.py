@@ -202,7 +202,7 @@ def commit_of() -> str:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="ascii") if info.exists() else ""
-    return cpu_name(text) or platform.processor()
+    return cpu_name(text) or f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
 
 
 def cpu_name(cpuinfo: str) -> str:

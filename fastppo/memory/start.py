@@ -82,7 +82,7 @@ def refusal(plan: Plan, ways: list[Way]) -> str:
     """The breakdown, and what would fit."""
     parts = "\n".join(f"  {name:24}{report.gib(size):>12}" for name, size in plan.peak.parts.most_common())
     said = "\n".join(f"  {i}. {report.flags(way)}  ({way.cost})" for i, way in enumerate(ways, 1))
-    ways_out = f"What fits:\n{said}" if ways else f"{report.no_way()}"
+    ways_out = f"What fits:\n{said}" if ways else f"{report.no_way()}."
     return f"{report.verdict(plan)}, not even one sequence at a time:\n{parts}\n{ways_out}"
 
 
