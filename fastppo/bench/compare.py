@@ -3,8 +3,8 @@
 A measurement is compared in units of the yardstick that was timed beside it, so a machine that slowed down slowed both;
 in milliseconds where one of the files has none. Its noise is the band of its rounds (`band`). Two measurements differ
 when their bands do not overlap, by more than `RUN_TO_RUN`, which two runs of one build may differ by although each is
-steady (memory layout, clocks), and when the milliseconds moved the same way, by more than its root: a yardstick that a
-new torch made faster slows nothing. Only fastppo's own times are judged.
+steady (memory layout, clocks), and when the milliseconds moved the same way, by more than the root of that: a yardstick
+that a new torch made faster slows nothing. Only fastppo's own times are judged.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def compare(old: Path, new: Path, max_ratio: float) -> int:
     require(max_ratio >= 1, f"--max-ratio must be >= 1, got {max_ratio}")
     lines = records.read(new)
     before, after = times_of(records.read(old)), times_of(lines)
-    found = _changes(before, after)
+    found = changes(before, after)
     require(
         len(found) > 0,
         f"nothing to compare: {old} ({_devices(before)}) and {new} ({_devices(after)}) hold no measurement of fastppo "
@@ -129,12 +129,8 @@ def compare(old: Path, new: Path, max_ratio: float) -> int:
     return len(worse) + len(lost)
 
 
-def changes(old: Path, new: Path) -> list[Change]:
-    """Of all that fastppo was measured at in both files."""
-    return _changes(times_of(records.read(old)), times_of(records.read(new)))
-
-
-def _changes(before: dict[Key, Times], after: dict[Key, Times]) -> list[Change]:
+def changes(before: dict[Key, Times], after: dict[Key, Times]) -> list[Change]:
+    """Of all that fastppo was measured at in both."""
     return [change(key, before[key], after[key]) for key in after if key in before and key[2].startswith(OURS)]
 
 
