@@ -3,13 +3,15 @@
 No sequence is padded to the length of another. On a CPU a few tokens more make a row's length one that recurs.
 
 Registered with transformers' attention interface under the name `fastppo_packed`. `backend()` is the dispatch: the
-`flash_attn` package when installed, else PyTorch's own varlen FlashAttention, both for half precision on CUDA; all
-else (CPU, float32, a soft-cap without flash_attn) runs SDPA on sequences of like length, padded to the longest of them.
+`flash_attn` package when installed, else PyTorch's own varlen FlashAttention, both for half precision on CUDA;
+fastppo's kernel for float32 on a CPU; all else (half precision there, float32 on CUDA, a soft-cap without flash_attn)
+runs SDPA on sequences of like length, padded to the longest of them.
 """
 
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +24,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fastppo.batch import cumulative
 from fastppo.checks import InputError
+from fastppo_kernels import packed_attention as native_attention
+from fastppo_kernels.backend import BACKEND_VARIABLE
 from fastppo_kernels.linear import common_size
 
 PACKED = "fastppo_packed"
 UNTRACED = "fastppo_untraced"  # the same, in compiled layers
-Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
+Backend = Literal["flash_attn", "torch_varlen", "native", "sdpa"]
 # Scores of padding that take as long as another call. CPU, measured: 60 us, at 25 ns for 4 heads of 32 on one core. The
 # other is an estimate: 10 us of a GPU's float32 rate.
 CALL_SCORES = {"cpu": 2400}
@@ -38,11 +42,12 @@ HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 class Packing:
     """Where the sequences of a packed row begin and end, made once per micro-batch and shared by all layers.
 
-    Behind the N tokens there may be `padding`, each token of it a sequence of its own; it is in the buckets, not in
-    `cu_seqlens`.
+    Behind the N tokens there may be `padding`, each token of it a sequence of its own; it is in the buckets and in
+    `padded_seqlens`, not in `cu_seqlens`.
     """
 
     cu_seqlens: Tensor  # (B + 1,) int32
+    padded_seqlens: Tensor  # (B + padding + 1,) int32
     max_seqlen: int
     padding: int  # tokens
     buckets: tuple[tuple[int, int], ...]  # sequences of like length as rows, padded to the longest: (b, T) of each
@@ -80,7 +85,8 @@ def plan(
     if padding:
         sizes = torch.cat([sizes, sizes.new_ones(padding)])
     elif (sizes == longest).all():
-        return Packing(cu_seqlens.to(device), longest, 0, ((len(sizes), longest),), None, None)
+        cu_seqlens = cu_seqlens.to(device)
+        return Packing(cu_seqlens, cu_seqlens, longest, 0, ((len(sizes), longest),), None, None)
     order = sizes.argsort(descending=True)
     buckets = tuple(_buckets(sizes[order].tolist(), CALL_SCORES.get(runs_on, CALL_SCORES_ELSEWHERE)))
     width = torch.cat([torch.full((b,), T) for b, T in buckets])
@@ -89,7 +95,10 @@ def plan(
     spread = (sizes.cumsum(0) - sizes)[member] + torch.minimum(column, sizes[member] - 1)
     real = (column < sizes[member]).nonzero().squeeze(1)
     restore = torch.empty(len(real), dtype=torch.int64).scatter_(0, spread[real], real)
-    return Packing(cu_seqlens.to(device), longest, padding, buckets, spread.to(device), restore.to(device))
+    padded_seqlens = (cumulative(sizes) if padding else cu_seqlens).to(device)
+    return Packing(
+        cu_seqlens.to(device), padded_seqlens, longest, padding, buckets, spread.to(device), restore.to(device)
+    )
 
 
 def padded(tokens: Tensor, packing: Packing) -> Tensor:
@@ -110,6 +119,8 @@ def _buckets(falling: Sequence[int], spare: int) -> Iterator[tuple[int, int]]:
 
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None) -> Backend:
     """Which implementation runs: the whole dispatch rule."""
+    if device.type == "cpu" and dtype == torch.float32 and softcap is None:
+        return "native" if os.environ.get(BACKEND_VARIABLE) in (None, "", "native") else "sdpa"
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
     if HAS_FLASH_ATTN:
@@ -151,6 +162,8 @@ def packed_attention(
         return _flash_attn(q, k, v, packing, scaling, window, softcap)[None], None
     if chosen == "torch_varlen":
         return _torch_varlen(q, k, v, packing, scaling, window)[None], None
+    if chosen == "native":
+        return native_attention(q, k, v, packing.padded_seqlens, scale=scaling, window=window)[None], None
     return _bucketed(q, k, v, packing, scaling, window, softcap)[None], None
 
 

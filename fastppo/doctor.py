@@ -57,7 +57,8 @@ def _choices() -> list[tuple[str, str, str]]:
 ATTENTION_WHY = {
     "flash_attn": "half precision on CUDA and the package is installed",
     "torch_varlen": "half precision on CUDA, flash-attn is not installed",
-    "sdpa": "CPU, float32, or a soft-cap without flash-attn: SDPA on sequences of like length",
+    "native": "float32 on a CPU",
+    "sdpa": "none of the others can: SDPA on sequences of like length",
 }
 
 

@@ -8,6 +8,15 @@ from fastppo import attention, models
 from fastppo.batch import Rollout
 from fastppo.microbatch import gather, microbatches
 
+
+@pytest.fixture(params=["native", "sdpa"], autouse=True)
+def implementation(request, monkeypatch):
+    """Of float32 on a CPU; the second is what half precision and GPUs without FlashAttention run."""
+    if request.param == "sdpa":
+        monkeypatch.setenv("FASTPPO_BACKEND", "reference")
+    return request.param
+
+
 LENGTHS = [9, 1, 14, 3, 9, 30]  # several buckets, out of order, one token, longer than the sliding window
 
 
@@ -174,8 +183,10 @@ def test_a_sequence_over_the_budget_is_named():
         list(microbatches(rollout, 12))
 
 
-def test_dispatch_is_by_device_dtype_and_softcap(monkeypatch):
+def test_dispatch_is_by_device_dtype_and_softcap(monkeypatch, implementation):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention.backend(cpu, torch.float32, None) == implementation
+    assert attention.backend(cpu, torch.float32, 50.0) == "sdpa"
     monkeypatch.setattr(attention, "HAS_FLASH_ATTN", False)
     assert attention.backend(cpu, torch.bfloat16, None) == "sdpa"
     assert attention.backend(cuda, torch.float32, None) == "sdpa"

@@ -26,7 +26,7 @@ RECOMPUTING = {"full": FULL, "selective": SELECTIVE, "every second": EVERY_SECON
 
 COSTLY = (  # on a CPU
     *("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "fastppo::packed_attention",
 )
 
 

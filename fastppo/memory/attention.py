@@ -26,7 +26,8 @@ _attention.register_fake(lambda q, k, v: (torch.empty_like(q), q.new_empty(q.sha
 
 
 class _Flash(torch.autograd.Function):
-    """Keeps its inputs, its output and a float32 per query and head; the backward adds up dq in float32."""
+    """Keeps its inputs, its output and a float32 per query and head; the backward adds up dq in float32, elsewhere if
+    they are not."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
         q, k, v = ctx.saved_tensors[:3]
-        sums = q.new_empty(q.shape, dtype=torch.float32)
+        sums = None if q.dtype == torch.float32 else q.new_empty(q.shape, dtype=torch.float32)
         made = tuple(torch.empty_like(x) for x in (q, k, v))
         del sums
         return made

@@ -15,7 +15,8 @@ KEPT = frozenset(  # operators whose output costs far more to make than to keep
         *("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
         *(f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         *("aten::_scaled_dot_product_flash_attention_for_cpu", "flash_attn::_flash_attn_varlen_forward"),
-        *("torch_attn::_varlen_attn", "fastppo_outline::attention"),  # the last one is the memory planner's
+        *("torch_attn::_varlen_attn", "fastppo::packed_attention"),
+        "fastppo_outline::attention",  # the memory planner's
     }
 )
 

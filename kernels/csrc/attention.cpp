@@ -31,17 +31,6 @@ FASTPPO_INLINE Pair load_some(const T* p, int64_t count) {
     return count >= kPair ? load_pair(p) : load_tail(p, count);
 }
 
-FASTPPO_INLINE float sum(F x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(x);
-#else
-    float lanes[kLanes], s = 0.0f;
-    store(lanes, x);
-    for (int i = 0; i < kLanes; ++i) s += lanes[i];
-    return s;
-#endif
-}
-
 // scores[t] = q . keys[t] for kKeys keys; q as pairs of floats.
 template <typename T, int kKeys>
 FASTPPO_INLINE void dots(const float* q, const T* keys, int64_t width, float* scores) {

@@ -12,6 +12,7 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 struct RowKernels;  // rows.h
 struct Loops;       // loops.h
 struct Attention;   // attention.h
+struct Packed;      // packed.h
 
 struct InstructionSet {
     const char* name;  // what FASTPPO_ISA takes
@@ -19,6 +20,7 @@ struct InstructionSet {
     const RowKernels* rows;
     const Loops* loops;
     const Attention* attention;
+    const Packed* packed;
 };
 
 // Number 0 is the fastest; the caller has asked whether the CPU supports it.

@@ -169,12 +169,27 @@ FASTPPO_INLINE F keep_first(F x, int count) {  // 0 in the lanes from count on
 }
 
 FASTPPO_INLINE float largest(F x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
     float lanes[kLanes];
     store(lanes, x);
     float m = lanes[0];
     for (int i = 1; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
     return m;
+#endif
 }
+FASTPPO_INLINE float sum(F x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(x);
+#else
+    float lanes[kLanes], s = 0.0f;
+    store(lanes, x);
+    for (int i = 0; i < kLanes; ++i) s += lanes[i];
+    return s;
+#endif
+}
+
 FASTPPO_INLINE double total(F x) {
     float lanes[kLanes];
     store(lanes, x);

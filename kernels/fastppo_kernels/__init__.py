@@ -7,6 +7,7 @@ from fastppo_kernels.decode import decode_attention
 from fastppo_kernels.gae import gae, token_rewards
 from fastppo_kernels.linear import linear
 from fastppo_kernels.logprobs import logits_token_logprobs, token_logprobs
+from fastppo_kernels.packed import packed_attention
 from fastppo_kernels.ppo import linear_ppo_loss, logits_ppo_loss, ppo_loss
 from fastppo_kernels.sample import sample
 from fastppo_kernels.stats import merge_stats
@@ -22,6 +23,7 @@ __all__ = [
     "logits_ppo_loss",
     "logits_token_logprobs",
     "merge_stats",
+    "packed_attention",
     "ppo_loss",
     "sample",
     "token_logprobs",

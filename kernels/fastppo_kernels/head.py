@@ -10,6 +10,7 @@ padded a little, to a size that recurs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ from fastppo_kernels.native.halves import HalvedSum
 from fastppo_kernels.reference import working_dtype
 
 # Bytes of a chunk's float32 logits, unless that is fewer rows than one of the two below. CPU: what the C library keeps
-# when it is freed; a larger result of every product is new pages. GPU: what a chunk costs beyond its products is one
-# reading and writing of the weight's gradient, 8 V H bytes, so few chunks.
+# when it is freed (`keep_freed_memory`); a larger result of every product is new pages. GPU: what a chunk costs beyond
+# its products is one reading and writing of the weight's gradient, 8 V H bytes, so few chunks.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
 MIN_CHUNK_ROWS = 256  # below this, reading the weight and adding to its gradient takes longer than multiplying
 WIDE_CHUNK_ROWS = 512  # and so many where the gradient of the weight, if one is made, is as large as their logits
@@ -48,6 +49,16 @@ def default_chunk_size(vocab_size: int, hidden_size: int, device: torch.device) 
 def pads_products(device: torch.device) -> bool:
     """Whether products there always have as many rows: not on the CPU, whose bits are the same for any number."""
     return device.type != "cpu"
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Lets the C library keep up to 64 MB that it has free, for the results of products, which oneDNN asks for anew.
+
+    glibc gives memory back where more is free than twice the largest mapped block it ever freed, of 32 MB at most: here
+    it frees one of those. Every chunk of logits is else 4096 new pages, to be filled with zeros first.
+    """
+    bytearray((32 << 20) - (1 << 14))
 
 
 @contextmanager
@@ -105,6 +116,8 @@ class ChunkedHead:
         vocab_size, num_rows = weight.shape[0], hidden.shape[0]
         # for any R: equal bits
         self.direct = self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
+        if self.direct:
+            keep_freed_memory()
         rows = 0 if self.direct else self._padded(min(self.chunk_size, num_rows))
         stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]

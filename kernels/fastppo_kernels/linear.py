@@ -7,7 +7,7 @@ oneDNN generates AVX-512 code on every vendor's CPU, MKL's only on Intel's: 229 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -140,8 +140,20 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (dy,), (x, weight) = grads, ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
+        multiply = _differentiable if torch.is_grad_enabled() else product  # which autograd does not know
         return (
-            _Linear.apply(dy, weight.T, None) if need_x else None,  # not `product`, which autograd does not know
-            _Linear.apply(dy.T, x.T, None) if need_weight else None,
+            multiply(dy, weight.T) if need_x else None,
+            _weight_gradient(multiply, dy, x) if need_weight else None,
             dy.sum(0) if need_bias else None,
         )
+
+
+def _differentiable(a: Tensor, b: Tensor) -> Tensor:
+    return _Linear.apply(a, b, None)
+
+
+def _weight_gradient(multiply: Callable[[Tensor, Tensor], Tensor], dy: Tensor, x: Tensor) -> Tensor:
+    """dy.T @ x; the first operand of a product is copied where it is a transposed view, so that is the narrower one."""
+    if dy.shape[1] <= x.shape[1]:
+        return multiply(dy.T, x.T)
+    return multiply(x.T, dy.T).T.contiguous()

@@ -62,6 +62,26 @@ class DecodeSettings:
         return self.span if self.window is None else self.window
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSettings:
+    """Which tokens of its sequence a token looks at, and how they are scored.
+
+    Raises:
+        ValueError: a field lies outside its range.
+    """
+
+    scale: float
+    """Of the scores, > 0."""
+    window: int | None = None
+    """Tokens that are looked at, the query's own included, >= 1; None: all."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.scale < math.inf:
+            raise ValueError(f"scale must be finite and > 0, got {self.scale}; the usual one is D ** -0.5")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be >= 1, got {self.window}; None switches it off")
+
+
 class PPOOptions(TypedDict, total=False):
     """The keywords of the PPO losses; `PPOSettings` says what each means, its default and its range."""
 

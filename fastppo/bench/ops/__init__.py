@@ -7,6 +7,7 @@ from fastppo.bench.ops import (
     gae,
     linear_ppo_loss,
     logits_ppo_loss,
+    packed_attention,
     ppo_loss,
     sample,
     token_logprobs,
@@ -22,4 +23,5 @@ OPS: dict[str, ModuleType] = {
     "gae": gae,
     "sample": sample,
     "decode_attention": decode_attention,
+    "packed_attention": packed_attention,
 }

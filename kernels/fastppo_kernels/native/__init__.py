@@ -3,6 +3,7 @@
 from fastppo_kernels.native.decode import decode_attention
 from fastppo_kernels.native.isa import available_isas
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
+from fastppo_kernels.native.packed import packed_attention, packed_attention_backward
 from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
 from fastppo_kernels.native.sampling import sample
 from fastppo_kernels.native.sequences import gae, moments, token_rewards
@@ -20,6 +21,8 @@ __all__ = [
     "logprob_rows",
     "logprob_rows_backward",
     "moments",
+    "packed_attention",
+    "packed_attention_backward",
     "ppo_rows",
     "ppo_tokens",
     "sample",

@@ -4,6 +4,7 @@ gradient, so they survive torch.compile. Arguments were checked by the public fu
 
 from fastppo_kernels.operators.decode import decode_attention
 from fastppo_kernels.operators.logprobs import logits_token_logprobs, token_logprobs
+from fastppo_kernels.operators.packed import PackedAttention
 from fastppo_kernels.operators.ppo import linear_ppo, logits_ppo, logits_ppo_, ppo_tokens
 from fastppo_kernels.operators.sampling import sample
 from fastppo_kernels.operators.scale import scale_, scaled
@@ -11,6 +12,7 @@ from fastppo_kernels.operators.sequences import gae, moments, token_rewards
 from fastppo_kernels.operators.value import linear_value, value
 
 __all__ = [
+    "PackedAttention",
     "decode_attention",
     "gae",
     "linear_ppo",
