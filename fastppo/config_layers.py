@@ -17,9 +17,9 @@ class LayersConfig:
     """Only every n-th layer, from the first one on, is computed again."""
     offload_activations: bool = False
     """The inputs of layers that are computed again wait in pinned host memory; for a GPU."""
-    fused: Literal["none", "liger", "compile"] = "none"
-    """Kernels of norms, rotary positions and activation functions, of the reference too: PyTorch's own, Liger's
-    (liger-kernel, on a GPU), or those that torch.compile makes of each layer."""
+    fused: Literal["none", "native", "liger", "compile"] = "none"
+    """Kernels of norms, rotary positions and activation functions, of the reference too: PyTorch's own, fastppo's in
+    C++ (float32, on a CPU), Liger's (liger-kernel, on a GPU), or those that torch.compile makes of each layer."""
 
     def __post_init__(self) -> None:
         require_positive("layers", self, "checkpoint_every")
@@ -30,7 +30,7 @@ class LayersConfig:
             "layers.checkpointing to 'full' or 'selective'",
         )
         require(
-            self.checkpointing != "selective" or self.fused == "none",
+            self.checkpointing != "selective" or self.fused in ("none", "native"),
             f"layers.fused = {self.fused!r} does not go with layers.checkpointing = 'selective': Liger writes over the "
             "products that are kept, and compiled layers choose by themselves. Use 'full' or 'none'",
         )

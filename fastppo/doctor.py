@@ -57,7 +57,7 @@ def _choices() -> list[tuple[str, str, str]]:
 ATTENTION_WHY = {
     "flash_attn": "half precision on CUDA and the package is installed",
     "torch_varlen": "half precision on CUDA, flash-attn is not installed",
-    "native": "float32 on a CPU",
+    "native": "CPU, float32: fastppo's own, nothing padded",
     "sdpa": "none of the others can: SDPA on sequences of like length",
 }
 

@@ -101,7 +101,7 @@ def test_help_works_without_a_run_file(args: list[str], fragments: list[str], ca
 def test_doctor_says_what_runs_here(capsys: Any) -> None:
     main(["doctor"])
     text = capsys.readouterr().out
-    for row in ("torch", "transformers", "flash-attn", "attention, float32", "sdpa", "gae", "cpu threads"):
+    for row in ("torch", "transformers", "flash-attn", "attention, float32", "native", "sdpa", "gae", "cpu threads"):
         assert row in text
     assert "missing" not in text  # the C++ library is there
     assert text.count("CPU, float32") == 1  # a reason is said once

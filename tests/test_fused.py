@@ -20,7 +20,7 @@ from batches import SCORES, engine, prompts, trajectories
 from fastppo import LayersConfig, models
 from fastppo.attention import dense_attention
 from fastppo.microbatch import gather
-from fastppo.models import fused
+from fastppo.models import fused, native_layers
 from fastppo.run import build
 from fastppo.score import action_logprobs
 from fastppo.trainer import train
@@ -80,6 +80,53 @@ def test_a_compiled_layer_is_inside_its_checkpoint(checkpointing: bool) -> None:
     with torch.compiler.set_stance("force_eager"):
         assert_same_numbers(policy, "llama", layers, ROWS[0])
     assert calls == {0: 1 + checkpointing, 1: 1 + checkpointing}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_native_kernels_are_given_to_what_computes_their_formulas(architecture: str, checkpointing: Any) -> None:
+    layers = LayersConfig(checkpointing=checkpointing)
+    policy = tiny.policy(architecture, layers=layers)
+    plain = pass_through(tiny.policy(architecture, layers=layers), ROWS[0])["hidden"]
+    if architecture == "gpt2":
+        with pytest.raises(ValueError, match="knows no layer of GPT2LMHeadModel"):
+            models.fuse_layers(policy, LayersConfig(fused="native"))
+        return
+    models.fuse_layers(policy, LayersConfig(fused="native"))
+    for sequences in ROWS:
+        assert_same_numbers(policy, architecture, layers, sequences)
+    assert not torch.equal(pass_through(policy, ROWS[0])["hidden"], plain)  # they did run
+    assert torch.equal(pass_through(tiny.policy(architecture, layers=layers), ROWS[0])["hidden"], plain)  # nowhere else
+
+
+def test_native_kernels_keep_the_ratio_at_1() -> None:
+    policy = tiny.policy("qwen2")
+    models.fuse_layers(policy, LayersConfig(fused="native"))
+    made = engine(policy)
+    logged = made.update(made.score(made.generate(prompts()), SCORES))
+    assert logged["val/ratio_max_first"] == 1.0
+    with dense_attention(policy):  # batches, and what rotates them
+        policy.base_model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), use_cache=False)
+
+
+def test_what_only_has_the_name_of_a_norm_keeps_its_own_formula() -> None:
+    """Gemma's weights count from 0, and its gates are another function."""
+    policy = tiny.policy("qwen2")
+    norm: Any = policy.get_submodule("model.norm")
+    forward = norm.forward
+    norm.forward = lambda x: 2 * forward(x)
+    models.fuse_layers(policy, LayersConfig(fused="native"))
+    x = torch.randn(1, 3, 32)
+    assert torch.equal(norm(x), 2 * forward(x))
+    other: Any = policy.get_submodule("model.layers.0.input_layernorm")
+    assert other.forward.__func__ is native_layers._norm
+
+
+def test_native_kernels_are_refused_where_they_cannot_run() -> None:
+    with pytest.raises(ValueError, match="float32 models, and this one is torch.bfloat16"):
+        models.fuse_layers(tiny.policy().bfloat16(), LayersConfig(fused="native"))
+    with pytest.raises(ValueError, match="of kernels for CPUs"):
+        models.fuse_layers(tiny.policy(), LayersConfig(fused="native"), torch.device("cuda"))
 
 
 @pytest.fixture

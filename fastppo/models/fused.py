@@ -1,4 +1,6 @@
-"""Layers by fused kernels: Liger's, or those that torch.compile makes. Numbers differ from PyTorch's by rounding."""
+"""Layers by fused kernels: fastppo's own on a CPU, Liger's, or those that torch.compile makes. Numbers differ from
+PyTorch's by rounding.
+"""
 
 import importlib.util
 import sys
@@ -15,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastppo.attention import UNTRACED, packed_attention
 from fastppo.checks import require
 from fastppo.config import LayersConfig
+from fastppo.models.native_layers import use_native
 from fastppo.models.prepare import Linear
 
 CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)  # of layers: transformers 5.17; 5.23 forwards
@@ -24,8 +27,13 @@ VARIANTS = 64  # of one layer's code: gradients or not, sampling, with adapters 
 def require_fused(config: LayersConfig, device: torch.device) -> None:
     """
     Raises:
-        ValueError: Liger's kernels are asked for, and the package or the GPU is not there.
+        ValueError: kernels of Liger are asked for, and the package or the GPU is not there; or the CPU's, elsewhere.
     """
+    require(
+        config.fused != "native" or device.type == "cpu",
+        f"layers.fused = 'native' is of kernels for CPUs, and this run's models are on {device.type!r}: use 'liger', "
+        "'compile' or 'none'",
+    )
     if config.fused != "liger":
         return
     there = importlib.util.find_spec("liger_kernel") is not None
@@ -46,13 +54,15 @@ def fuse_layers(model: PreTrainedModel, config: LayersConfig, home: torch.device
         home: where it computes, which is not where it is while it waits in host memory; None: where it is.
 
     Raises:
-        ValueError: as `require_fused`, or Liger does not know the architecture.
+        ValueError: as `require_fused`, or the architecture is not known there, or not float32 for 'native'.
     """
     require_fused(config, home or model.device)
     if config.fused == "liger":
         use_liger(model)
     elif config.fused == "compile":
         compile_layers(model)
+    elif config.fused == "native":
+        use_native(model, _with_names)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ struct RowKernels;  // rows.h
 struct Loops;       // loops.h
 struct Attention;   // attention.h
 struct Packed;      // packed.h
+struct Layers;      // layers.h
 
 struct InstructionSet {
     const char* name;  // what FASTPPO_ISA takes
@@ -21,6 +22,7 @@ struct InstructionSet {
     const Loops* loops;
     const Attention* attention;
     const Packed* packed;
+    const Layers* layers;
 };
 
 // Number 0 is the fastest; the caller has asked whether the CPU supports it.

@@ -18,7 +18,17 @@ from peak_memory import PeakMemory, resident_bytes
 from ppo_setting import PPOSetting, build_models, build_prompts, parser, setting_of
 
 import fastppo
-from fastppo import OptimizerConfig, PPOConfig, PPOEngine, Prompts, RewardModel, RolloutConfig, WeightedRewards, models
+from fastppo import (
+    LayersConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOEngine,
+    Prompts,
+    RewardModel,
+    RolloutConfig,
+    WeightedRewards,
+    models,
+)
 
 RSS_AFTER_IMPORTS = resident_bytes()
 WARMUP_ITERATIONS = 1
@@ -56,6 +66,9 @@ def build_engine(setting: PPOSetting, max_tokens: int) -> tuple[PPOEngine, Weigh
     )
     reward = models.reward_model_from(four.reward)
     models.value_head(reward).load_state_dict(four.reward.score.state_dict())
+    for model in (engine.policy, engine.reference, engine.critic, reward):
+        assert model is not None
+        models.fuse_layers(model, LayersConfig(fused="native"))
     return engine, WeightedRewards([RewardModel(models.frozen(reward))])
 
 

@@ -2,6 +2,7 @@
 
 from fastppo_kernels.native.decode import decode_attention
 from fastppo_kernels.native.isa import available_isas
+from fastppo_kernels.native.layers import gated, gated_backward, rms_norm, rms_norm_backward, rotate
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
 from fastppo_kernels.native.packed import packed_attention, packed_attention_backward
 from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
@@ -15,6 +16,8 @@ __all__ = [
     "available_isas",
     "decode_attention",
     "gae",
+    "gated",
+    "gated_backward",
     "library_path",
     "linear_value_rows",
     "load",
@@ -25,6 +28,9 @@ __all__ = [
     "packed_attention_backward",
     "ppo_rows",
     "ppo_tokens",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate",
     "sample",
     "table_sums",
     "token_rewards",

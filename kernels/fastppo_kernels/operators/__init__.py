@@ -2,6 +2,7 @@
 gradient, so they survive torch.compile. Arguments were checked by the public function; `backend` is a name.
 """
 
+from fastppo_kernels.operators.common import looked_at
 from fastppo_kernels.operators.decode import decode_attention
 from fastppo_kernels.operators.logprobs import logits_token_logprobs, token_logprobs
 from fastppo_kernels.operators.packed import PackedAttention
@@ -20,6 +21,7 @@ __all__ = [
     "logits_ppo",
     "logits_ppo_",
     "logits_token_logprobs",
+    "looked_at",
     "moments",
     "ppo_tokens",
     "sample",

@@ -51,3 +51,13 @@ def fake_table(x: Tensor, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tenso
     like = {"dtype": working_dtype(x), "device": x.device}
     sums = torch.empty(3, len(columns), dtype=torch.float64, device=x.device)
     return torch.empty((), **like), torch.empty(x.shape[0], len(columns), **like), sums
+
+
+def looked_at(x: Tensor) -> bool:
+    """Whether PyTorch's dispatcher has to see the op of `x`: it is traced, fake, profiled, or a mode counts operators.
+
+    Otherwise a kernel is called without it: on a CPU it takes 0.1 ms for an operator that writes to its inputs, which is
+    more than the attention of a small model's token.
+    """
+    modes = torch._C._len_torch_dispatch_stack()
+    return type(x) is not Tensor or modes > 0 or torch.compiler.is_compiling() or torch.autograd._profiler_enabled()
