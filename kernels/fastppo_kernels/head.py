@@ -25,6 +25,7 @@ from fastppo_kernels.linear import (
     product_over,
     product_tiles,
     runs_onednn,
+    transposed,
 )
 from fastppo_kernels.native.halves import HalvedSum
 from fastppo_kernels.reference import working_dtype
@@ -179,6 +180,8 @@ class ChunkedHead:
         self.buffer = self.weight = nothing = self.hidden.new_empty(0, dtype=self.operand_dtype)
         dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
         dweight = self.dweight.rounded() if isinstance(self.dweight, HalvedSum) else self.dweight
+        if self.by_columns and dweight is not None:
+            dweight = transposed(dweight.T)
         made = zip((dhidden, dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
         return a, b, c
@@ -201,7 +204,7 @@ class ChunkedHead:
             for tile, made in product_tiles(dlogits, hidden):
                 dweight.add(tile, made)
         elif self.by_columns:
-            dweight.T.add_(product(hidden.T, dlogits.T))
+            dweight.T.add_(product(transposed(hidden), dlogits.T))
         elif self.onednn:
             for tile, made in product_tiles(dlogits, hidden):
                 dweight[tile] += made

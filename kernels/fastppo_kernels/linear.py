@@ -7,13 +7,14 @@ oneDNN generates AVX-512 code on every vendor's CPU, MKL's only on Intel's: 229 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastppo_kernels import native
 from fastppo_kernels.checks import check_device, check_shape
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -140,20 +141,23 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (dy,), (x, weight) = grads, ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        multiply = _differentiable if torch.is_grad_enabled() else product  # which autograd does not know
-        return (
-            multiply(dy, weight.T) if need_x else None,
-            _weight_gradient(multiply, dy, x) if need_weight else None,
-            dy.sum(0) if need_bias else None,
-        )
+        if torch.is_grad_enabled():  # of this gradient another one is wanted; `product` is not known to autograd
+            dx, dweight = _Linear.apply(dy, weight.T, None), _Linear.apply(dy.T, x.T, None)
+        else:
+            dx = product(dy, weight.T) if need_x else None
+            dweight = _weight_gradient(dy, x) if need_weight else None
+        return dx if need_x else None, dweight if need_weight else None, dy.sum(0) if need_bias else None
 
 
-def _differentiable(a: Tensor, b: Tensor) -> Tensor:
-    return _Linear.apply(a, b, None)
-
-
-def _weight_gradient(multiply: Callable[[Tensor, Tensor], Tensor], dy: Tensor, x: Tensor) -> Tensor:
-    """dy.T @ x; the first operand of a product is copied where it is a transposed view, so that is the narrower one."""
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy.T @ x. oneDNN reads the second operand of a product transposed, not the first: the narrower one is that."""
     if dy.shape[1] <= x.shape[1]:
-        return multiply(dy.T, x.T)
-    return multiply(x.T, dy.T).T.contiguous()
+        return product(transposed(dy), x.T)
+    return transposed(product(transposed(x), dy.T))
+
+
+def transposed(x: Tensor) -> Tensor:
+    """(C, R) contiguous of a float32 x (R, C) on the CPU."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():  # fake: it has no memory
+        return x.T.contiguous()
+    return native.transposed(x if x.stride(1) == 1 else x.contiguous())

@@ -2,7 +2,7 @@
 
 from fastppo_kernels.native.decode import decode_attention
 from fastppo_kernels.native.isa import available_isas
-from fastppo_kernels.native.layers import gated, gated_backward, rms_norm, rms_norm_backward, rotate
+from fastppo_kernels.native.layers import gated, gated_backward, rms_norm, rms_norm_backward, rotate, transposed
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
 from fastppo_kernels.native.packed import packed_attention, packed_attention_backward
 from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
@@ -34,5 +34,6 @@ __all__ = [
     "sample",
     "table_sums",
     "token_rewards",
+    "transposed",
     "value_rows",
 ]
