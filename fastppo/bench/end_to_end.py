@@ -3,16 +3,17 @@
     fastppo bench end-to-end --trl-python peers/trl-ppo/bin/python --out FILE
 
 Same models, prompts, lengths, epochs, optimizer and seeds: `ppo_iteration/ppo_setting.py`. Each run is a process of its
-own; runs of the two alternate, so that a slow minute of the machine meets both. "speed" times iterations after a
-warm-up; "reward" trains 20 iterations of a smaller setting, in which the reward moves, from several sampling seeds, and
-compares the mean of the last 5. Both systems draw from generators of their own, so rewards agree within the spread over
-seeds, not exactly.
+own, with huge pages for malloc; runs of the two alternate, so that a slow minute of the machine meets both. "speed" times
+iterations after a warm-up; "reward" trains 20 iterations of a smaller setting, in which the reward moves, from several
+sampling seeds, and compares the mean of the last 5. Both systems draw from generators of their own, so rewards agree
+within the spread over seeds, not exactly.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ ELSEWHERE = {
     "OpenRLHF 0.11.2": "requires flash-attn, DeepSpeed and Ray: nothing for a CPU",
     "AgileRL 2.58.0": "trains LoRA adapters; here all weights are trained",
 }
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # of both systems, unless it is set: docs/benchmarking.md
 LAST = 5  # iterations that the final reward is the mean of
 
 
@@ -45,8 +47,9 @@ class PeerFailed(Exception):
 
 def output(python: str, script: str, *options: str) -> list[str]:
     """The lines that one script prints."""
+    command, env = [python, str(HERE / script), *options], ENVIRONMENT | os.environ
     try:
-        done = subprocess.run([python, str(HERE / script), *options], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     except OSError as error:
         raise PeerFailed(f"cannot start {python!r}: {error.strerror}") from error
     if done.returncode:
@@ -122,6 +125,7 @@ def speed(options: argparse.Namespace, missing: Record) -> list[Record]:
                 "peak_extra_mb": statistics.median(row["peak_rss_above_imports_mb"] for row in rows[name]),
                 "medians_ms": [records.short(1e3 * row["median_seconds"]) for row in rows[name]],
                 "peer_versions": rows[name][0]["versions"],
+                "note": " ".join(f"{key}={os.environ.get(key, value)}" for key, value in ENVIRONMENT.items()),
             }
         )
     return made + [head("ppo_iteration", n, setting) | {"skipped": x} for n, x in {**why, **ELSEWHERE}.items()]
