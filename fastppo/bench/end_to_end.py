@@ -3,10 +3,10 @@
     fastppo bench end-to-end --trl-python peers/trl-ppo/bin/python --out FILE
 
 Same models, prompts, lengths, epochs, optimizer and seeds: `ppo_iteration/ppo_setting.py`. Each run is a process of its
-own, with huge pages for malloc; runs of the two alternate, so that a slow minute of the machine meets both. "speed" times
-iterations after a warm-up; "reward" trains 20 iterations of a smaller setting, in which the reward moves, from several
-sampling seeds, and compares the mean of the last 5. Both systems draw from generators of their own, so rewards agree
-within the spread over seeds, not exactly.
+own, with huge pages for malloc; runs of the two alternate, so that a slow minute of the machine meets both. "speed"
+times iterations after a warm-up; "reward" trains 20 iterations of a smaller setting, in which the reward moves, from
+several sampling seeds, and compares the mean of the last 5. Both systems draw from generators of their own, so rewards
+agree within the spread over seeds, not exactly.
 """
 
 from __future__ import annotations
