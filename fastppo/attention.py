@@ -162,7 +162,7 @@ def packed_attention(
         return _flash_attn(q, k, v, packing, scaling, window, softcap)[None], None
     if chosen == "torch_varlen":
         return _torch_varlen(q, k, v, packing, scaling, window)[None], None
-    if chosen == "native":
+    if chosen == "native" and (v.shape[2], v.dtype) == (q.shape[2], q.dtype):  # else SDPA, which takes other values too
         return native_attention(q, k, v, packing.padded_seqlens, scale=scaling, window=window)[None], None
     return _bucketed(q, k, v, packing, scaling, window, softcap)[None], None
 

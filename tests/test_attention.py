@@ -183,6 +183,17 @@ def test_a_sequence_over_the_budget_is_named():
         list(microbatches(rollout, 12))
 
 
+def test_values_may_be_narrower_than_keys():
+    """Multi-head latent attention (arXiv:2405.04434)."""
+    (q, k), v = torch.randn(2, 1, 4, 9, 24), torch.randn(1, 4, 9, 16)
+    made, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, packing=attention.plan([4, 5]))
+    alone = [
+        torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True)
+        for one in zip(*(x.split([4, 5], dim=2) for x in (q, k, v)), strict=True)
+    ]
+    torch.testing.assert_close(made, torch.cat(alone, dim=2).transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
 def test_dispatch_is_by_device_dtype_and_softcap(monkeypatch, implementation):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert attention.backend(cpu, torch.float32, None) == implementation

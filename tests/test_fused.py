@@ -194,3 +194,27 @@ def test_a_run_fuses_every_model_for_its_own_device(monkeypatch: pytest.MonkeyPa
     run.close()
     roles = (run.engine.policy, run.engine.critic, run.engine.reference)
     assert given == [(model, run.config.layers, run.engine.policy.device) for model in roles]
+
+
+def test_native_kernels_are_not_given_to_what_looks_like_them() -> None:
+    """Gates that are clamped where they are large, norms of another epsilon, positions of a part of a head."""
+
+    class ClampedMLP(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(16, 16) for _ in range(3))
+            self.act_fn = torch.nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x))
+
+    class OtherRMSNorm(torch.nn.RMSNorm):
+        variance_epsilon = 1e-6
+
+    assert not native_layers._replace(ClampedMLP())
+    assert not native_layers._replace(OtherRMSNorm(16, eps=1e-5)) and native_layers._replace(OtherRMSNorm(16, eps=1e-6))
+    assert not native_layers._replace(torch.nn.RMSNorm(16))  # its epsilon is that of the dtype
+    phi3 = importlib.import_module("transformers.models.phi3.modeling_phi3")
+    qwen2 = importlib.import_module("transformers.models.qwen2.modeling_qwen2")
+    assert native_layers._is_rotary(qwen2.apply_rotary_pos_emb)
+    assert not native_layers._is_rotary(phi3.apply_rotary_pos_emb)

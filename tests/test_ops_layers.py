@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastppo_kernels import layers
 from fastppo_kernels.native import isa as isas
@@ -34,6 +35,11 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]
+
+
+def fake(*shape: int) -> Tensor:
+    with FakeTensorMode():
+        return torch.zeros(shape)
 
 
 def passes(function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, learns: int) -> dict[str, Tensor]:
@@ -106,6 +112,15 @@ def test_rows_and_heads_may_lie_anywhere_in_memory() -> None:
     )
 
 
+@pytest.mark.parametrize("weight", [torch.randn(32)[::2], torch.randn(1).expand(16)], ids=["strided", "expanded"])
+def test_weights_may_lie_anywhere_in_memory(weight: Tensor) -> None:
+    x = torch.randn(6, 16)
+    one, other = (passes(lambda x, w: layers.rms_norm(x, w, 1e-6), [x, w], x, 2) for w in (weight, weight.clone()))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with torch.no_grad():
+        assert torch.equal(layers.rms_norm(x, weight, 1e-6), other["out"])
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     x, weight, threads, made = torch.randn(1000, 130), torch.randn(130), torch.get_num_threads(), []
     try:
@@ -133,9 +148,10 @@ def test_they_are_differentiated_once() -> None:
     ("call", "message"),
     [
         (lambda: layers.rms_norm(torch.zeros(2, 4), torch.ones(5), 1e-6), "weight must have shape"),
-        (lambda: layers.rms_norm(torch.zeros(2, 4).double(), torch.ones(4), 1e-6), "x must be float32"),
+        (lambda: layers.rms_norm(torch.zeros(2, 4).double(), torch.ones(4), 1e-6), "x must be a float32"),
+        (lambda: layers.rms_norm(fake(2, 4), torch.ones(4), 1e-6), "x must be a float32 tensor .* FakeTensor"),
         (lambda: layers.gated(torch.zeros(2, 4), torch.zeros(4)), "up must have shape"),
-        (lambda: layers.gated(torch.zeros(2), torch.zeros(2).bfloat16()), "up must be float32"),
+        (lambda: layers.gated(torch.zeros(2), torch.zeros(2).bfloat16()), "up must be a float32"),
         (lambda: layers.rotate(torch.zeros(2, 1, 3), torch.zeros(2, 3), torch.zeros(2, 3)), "even D"),
         (lambda: layers.rotate(torch.zeros(2, 1, 4), torch.zeros(2, 4), torch.zeros(1, 4)), "sin must have shape"),
     ],

@@ -157,6 +157,17 @@ def test_known_weights() -> None:
     assert dq.flatten().tolist() == pytest.approx([0.0, 1.5 * 1.0986123], rel=1e-6)
 
 
+def test_the_default_dtype_does_not_matter() -> None:
+    p = problem([5, 300], 4, 2, 32)
+    expected = p.run(backend="native")
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        made = p.run(backend="native")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, expected[name]) for name, x in made.items())
+
+
 def test_no_quadratic_memory() -> None:
     p = problem([4000], 2, 1, 16)
     with torch.profiler.profile(profile_memory=True) as profile:

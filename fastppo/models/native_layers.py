@@ -1,5 +1,6 @@
 """Layers by fastppo's C++ kernels: RMSNorm, gated activations and rotary positions of a float32 model on a CPU."""
 
+import ctypes
 import sys
 from collections.abc import Callable
 from types import MethodType
@@ -13,11 +14,12 @@ from fastppo.checks import require
 from fastppo_kernels import layers
 
 ROTARY = "apply_rotary_pos_emb"
+SCALES = (1e-3, 1.0, 1e4)  # of the numbers it is tried on
 TOLERANCE = 1e-5  # of a replacement, relative to the largest number: another formula is further off
 
 
 def use_native(model: PreTrainedModel, with_names: Callable[..., Any]) -> None:
-    """Replace what is recognized by what it computes, not by its name: every replacement is tried on random numbers.
+    """Replace what is recognized by what it computes: every replacement is tried on numbers of several magnitudes.
 
     Args:
         with_names: gives a function other globals.
@@ -30,14 +32,15 @@ def use_native(model: PreTrainedModel, with_names: Callable[..., Any]) -> None:
         f"layers.fused = 'native' is of float32 models, and this one is {model.dtype}: use 'compile' or 'none'",
     )
     names = vars(sys.modules[type(model).__module__])
-    rotates = ROTARY in names and _same(_on_heads(names[ROTARY]), _on_heads(rotary), 4)
-    replaced = [_replace(module) for module in model.modules()]
+    rotates = ROTARY in names and _is_rotary(names[ROTARY])
+    count = sum(_replace(module) for module in model.modules())
     for module in model.modules():
         forward: Any = type(module).forward
         if rotates and getattr(forward, "__globals__", None) is names and ROTARY in forward.__code__.co_names:
             module.forward = MethodType(with_names(forward, {ROTARY: rotary}), module)
+            count += 1
     require(
-        any(replaced) or rotates,
+        count > 0,
         f"layers.fused = 'native' knows no layer of {type(model).__name__}: use 'compile' or 'none'",
     )
 
@@ -58,9 +61,16 @@ def _replace(module: Any) -> bool:
 
 @torch.no_grad()
 def _same(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], width: int) -> bool:
-    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
-    expected = one(x)
-    return bool((other(x) - expected).abs().max() <= TOLERANCE * expected.abs().max())
+    """Also where an epsilon counts, and where what is clamped would be."""
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    for scale in SCALES:
+        try:
+            expected, found = one(scale * x), other(scale * x)
+        except (AttributeError, RuntimeError, TypeError, ValueError, ctypes.ArgumentError):
+            return False  # it takes or gives something else
+        if found.shape != expected.shape or not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+            return False
+    return True
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
@@ -81,11 +91,17 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     return q, k
 
 
-def _on_heads(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+def _is_rotary(function: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    """One that rotates a part of a head, by angles of its width, is another."""
+    whole, part = _on_heads(rotary, 4), _on_heads(function, 2)
+    return _same(_on_heads(function, 4), whole, 4) and not _same(part, part, 4)
+
+
+def _on_heads(function: Callable[..., tuple[Tensor, Tensor]], width: int) -> Callable[[Tensor], Tensor]:
     """The rotation of (2, 3, 4) as two sequences of three tokens, a head each, by angles that are not alike."""
 
     def call(x: Tensor) -> Tensor:
-        angles = torch.arange(24.0).view(2, 3, 4)
+        angles = torch.arange(6.0 * width, dtype=torch.float32, device="cpu").view(2, 3, width)
         q, k = function(x[:, None], 2 * x[:, None], angles.cos(), angles.sin())
         return torch.cat([q, k])
 

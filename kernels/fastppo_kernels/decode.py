@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastppo_kernels import checks, operators
 from fastppo_kernels.backend import choose_backend, load
@@ -67,7 +68,8 @@ def decode_attention(
     s = DecodeSettings(scale=D**-0.5 if scale is None else scale, span=span, window=window, softcap=softcap)
     name = choose_backend("decode_attention", backend, q)
     rows = q.detach(), k.detach(), v.detach(), keys, values, positions
-    if not operators.looked_at(rows[0]):
+    if not operators.looked_at(*rows):
+        increment_version((keys, values))
         return load(name).decode_attention(*rows, s)
     return operators.decode_attention(*rows, s.scale, s.window, s.softcap, s.span, name)
 

@@ -56,8 +56,10 @@ def pads_products(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Lets the C library keep up to 64 MB that it has free, for the results of products, which oneDNN asks for anew.
 
-    glibc gives memory back where more is free than twice the largest mapped block it ever freed, of 32 MB at most: here
-    it frees one of those. Every chunk of logits is else 4096 new pages, to be filled with zeros first.
+    glibc gives memory back where more is free than twice the largest mapped block it ever freed, of 32 MB at most, and
+    maps blocks that are larger: here it frees one of 32 MB, once in a process. Every chunk of logits is else 4096 new
+    pages, to be filled with zeros first. Where these limits are set in the environment, or the C library is another
+    one, nothing changes.
     """
     bytearray((32 << 20) - (1 << 14))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels import native
-from fastppo_kernels.checks import check_device, check_shape
+from fastppo_kernels.checks import check_shape
 from fastppo_kernels.operators.scale import differentiated_once
 
 
@@ -25,7 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     _check(x=x, weight=weight)
     check_shape((x.shape[-1],), "(H,)", weight=weight)
-    return _apply(_RMSNorm, native.rms_norm, x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view(x.shape)
+    rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    return _apply(_RMSNorm, native.rms_norm, rows, weight, eps).view(x.shape)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (RoPE, arXiv:2104.09864): x cos + (-x2, x1) sin, for (x1, x2) the halves of x.
 
     Args:
-        x: (N, heads, D) float32, D even; rows and heads any distance apart. cos, sin: (N, D).
+        x: (N, heads, D) float32, D even; rows and heads any distance apart. cos, sin: (N, D), which get no gradient.
 
     Returns:
         (N, heads, D), contiguous.
@@ -61,9 +62,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _check(**tensors: Tensor) -> None:
     for name, x in tensors.items():
-        if x.dtype != torch.float32 or not x.is_cpu:
-            raise ValueError(f"{name} must be float32 on the CPU, got {x.dtype} on {x.device}: compute it with PyTorch")
-    check_device(**tensors)
+        if x.dtype != torch.float32 or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):  # fake: no memory
+            found = f"a {type(x).__name__} of {x.dtype} on {x.device}"
+            raise ValueError(f"{name} must be a float32 tensor on the CPU, got {found}: compute it with PyTorch")
 
 
 def _apply(function: Any, forward: Any, *args: Any) -> Any:
@@ -81,7 +82,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, rates = native.rms_norm(x, weight.contiguous(), eps)
+        out, rates = native.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rates)
         return out
 

@@ -142,11 +142,12 @@ class _Linear(torch.autograd.Function):
         (dy,), (x, weight) = grads, ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         if torch.is_grad_enabled():  # of this gradient another one is wanted; `product` is not known to autograd
-            dx, dweight = _Linear.apply(dy, weight.T, None), _Linear.apply(dy.T, x.T, None)
+            dx = _Linear.apply(dy, weight.T, None) if need_x else None
+            dweight = _Linear.apply(dy.T, x.T, None) if need_weight else None
         else:
             dx = product(dy, weight.T) if need_x else None
             dweight = _weight_gradient(dy, x) if need_weight else None
-        return dx if need_x else None, dweight if need_weight else None, dy.sum(0) if need_bias else None
+        return dx, dweight, dy.sum(0) if need_bias else None
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

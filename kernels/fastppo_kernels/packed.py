@@ -23,8 +23,8 @@ def packed_attention(
 
     Letters: N tokens of B sequences, D per head. Query heads of one group share a head of keys: heads / kv_heads of
     them each (arXiv:2305.13245). Nothing is padded, and no (N, N) tensor exists: scores are made again for the
-    gradients (arXiv:2307.08691). A token's result depends, bit for bit, on its own sequence up to itself alone, and not
-    on the number of threads. GPUs have flash-attn and `torch.nn.attention.varlen` for this.
+    gradients (arXiv:2307.08691). Of finite numbers a token's result depends, bit for bit, on its own sequence up to
+    itself alone, and not on the number of threads. GPUs have flash-attn and `torch.nn.attention.varlen` for this.
 
     Args:
         q: (N, heads, D) float32 (reference: any float).
@@ -32,7 +32,7 @@ def packed_attention(
         cu_seqlens: (B + 1,) int32, from 0 to N: sequence b has tokens cu_seqlens[b] to cu_seqlens[b + 1].
         scale: of the scores, > 0; None: D ** -0.5.
         window: tokens that are looked at, the query's own included, >= 1; None: all.
-        backend: "native" or "reference"; None lets `choose_backend` decide.
+        backend: "native", of float32 alone, or "reference"; None lets `choose_backend` decide.
 
     Returns:
         (N, heads, D) of the dtype of q.

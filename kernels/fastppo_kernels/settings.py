@@ -76,7 +76,7 @@ class PackedSettings:
     """Tokens that are looked at, the query's own included, >= 1; None: all."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.scale < math.inf:
+        if not 1e-30 < self.scale < 1e30:  # its reciprocal is a float32 too
             raise ValueError(f"scale must be finite and > 0, got {self.scale}; the usual one is D ** -0.5")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be >= 1, got {self.window}; None switches it off")

@@ -83,7 +83,7 @@ def cases(options: Any) -> Iterator[Case]:
             variants=variants(p),
             truth=fastppo(Problem(*(x.detach().double().requires_grad_() for x in p))),
             tolerance=1e-5,
-            num_bytes=4.0 * (5 * p.q.numel() + 5 * p.k.numel() + p.q.numel()),
+            num_bytes=4.0 * 6 * (p.q.numel() + p.k.numel()),
             flops=7 * 2.0 * b * heads * D * T * (T + 1) / 2,
             tokens=b * T,
         )

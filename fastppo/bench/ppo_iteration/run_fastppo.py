@@ -66,7 +66,7 @@ def build_engine(setting: PPOSetting, max_tokens: int) -> tuple[PPOEngine, Weigh
     )
     reward = models.reward_model_from(four.reward)
     models.value_head(reward).load_state_dict(four.reward.score.state_dict())
-    for model in (engine.policy, engine.reference, engine.critic, reward):
+    for model in (engine.policy, engine.reference, engine.critic):
         assert model is not None
         models.fuse_layers(model, LayersConfig(fused="native"))
     return engine, WeightedRewards([RewardModel(models.frozen(reward))])

@@ -29,7 +29,8 @@ def decode_attention(
         raise ValueError(f"positions must lie in [0, {s.span}), got {int(positions.min())} to {int(positions.max())}")
     q, k, v, positions = (x.contiguous() for x in (q, k, v, positions))
     out, library, threads = torch.empty_like(q), _library(), torch.get_num_threads()
-    scratch = torch.empty(threads, library.fastppo_decode_scratch(s.span, heads // max(kv_heads, 1), D))
+    size = library.fastppo_decode_scratch(s.span, heads // max(kv_heads, 1), D)
+    scratch = q.new_empty(threads, size, dtype=torch.float32)
     library.fastppo_decode_attention(
         *[n, kv_heads, heads // max(kv_heads, 1), D, _DTYPES[q.dtype]],
         *[x.data_ptr() for x in (q, k, v, keys, values)],

@@ -64,7 +64,7 @@ def _call(
     longest = library.fastppo_packed_longest(*limits, len(q))
     if longest < 0:
         raise ValueError(f"cu_seqlens must rise from 0 to N = {len(q)}, got {cu_seqlens.tolist()[:8]} ...")
-    scratch = torch.empty(threads, library.fastppo_packed_scratch(longest, q.shape[2]))
+    scratch = q.new_empty(threads, library.fastppo_packed_scratch(longest, q.shape[2]))
     inputs = [y for x in (q, k, v) for y in (x.data_ptr(), x.stride(0), x.stride(1))]
     library.fastppo_packed_attention(
         *[*limits, q.shape[1], k.shape[1], q.shape[2], len(q) if s.window is None else s.window, s.scale, *inputs],

@@ -53,12 +53,13 @@ def fake_table(x: Tensor, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tenso
     return torch.empty((), **like), torch.empty(x.shape[0], len(columns), **like), sums
 
 
-def looked_at(x: Tensor) -> bool:
-    """Whether PyTorch's dispatcher has to see the op of `x`: it is traced, fake, profiled, or a mode counts operators.
+def looked_at(*tensors: Tensor) -> bool:
+    """Whether PyTorch's dispatcher has to see an op of these: it is traced, fake, profiled, or a mode counts operators.
 
     Otherwise a kernel is called without it: on a CPU it takes 0.1 ms for an operator that writes to its inputs, which
     is more than the attention of a small model's token.
     """
     profiled = torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     modes = torch._C._len_torch_dispatch_stack()
-    return profiled or modes > 0 or type(x) is not Tensor or torch.compiler.is_compiling()
+    plain = all(type(x) is Tensor for x in tensors)
+    return profiled or modes > 0 or not plain or torch.compiler.is_compiling()
