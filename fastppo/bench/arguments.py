@@ -11,6 +11,7 @@ import torch
 
 from fastppo.bench import harness, records
 from fastppo.bench.records import Record
+from fastppo_kernels.head import keep_freed_memory
 
 
 def parser(doc: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
@@ -66,17 +67,8 @@ def start(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
         made.error(f"--device {options.device}, but torch finds no GPU here")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    keep_freed_blocks()
+    keep_freed_memory()  # as where a model trains: else every result of a few MB is new pages
     return options
-
-
-def keep_freed_blocks() -> None:
-    """Bring glibc's malloc where a process that trains has it: freed blocks of up to 32 MB are kept, not unmapped.
-
-    It learns that from the first large block that is freed; before, every result of a few MB is new pages, which take
-    longer than many ops.
-    """
-    torch.zeros(31 << 20, dtype=torch.uint8)
 
 
 def run(
