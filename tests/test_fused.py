@@ -110,7 +110,7 @@ def test_native_kernels_keep_the_ratio_at_1() -> None:
 
 
 def test_what_only_has_the_name_of_a_norm_keeps_its_own_formula() -> None:
-    """Gemma's weights count from 0, and its gates are another function."""
+    """And the other norms of the same model get the kernel."""
     policy = tiny.policy("qwen2")
     norm: Any = policy.get_submodule("model.norm")
     forward = norm.forward
