@@ -118,8 +118,8 @@ def _buckets(falling: Sequence[int], spare: int) -> Iterator[tuple[int, int]]:
 
 
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None) -> Backend:
-    """Which implementation runs: the whole dispatch rule, but that `native` leaves values of another width or dtype than
-    their queries to `sdpa`."""
+    """Which implementation runs: the whole dispatch rule, but that `native` leaves values of another width or dtype
+    than their queries to `sdpa`."""
     if device.type == "cpu" and dtype == torch.float32 and softcap is None:
         return "native" if os.environ.get(BACKEND_VARIABLE) in (None, "", "native") else "sdpa"
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
