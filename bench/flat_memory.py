@@ -5,8 +5,8 @@
 Prints both every 25 iterations. Exit code 1 if memory at any of them after iteration 50 is more than 1 % above what it
 was then, or the number of open files differs. Checkpoints, evaluations and kept rollouts are a part of the run.
 
-For each shape of a matrix product oneDNN, and PyTorch once more, keep a compiled kernel, some 0.27 MB, up to 1024 of
-each: a run pads its products to sizes that recur (`fastppo_kernels.linear.common_size`), or they would go on growing.
+For each shape of a bfloat16 product oneDNN, and PyTorch once more, keep a compiled kernel, some 0.27 MB, up to 1024 of
+each: a run pads its products to sizes that recur (`fastppo.attention.common_size`), or they would go on growing.
 `--leak-kib 128` keeps a tensor of that size in every iteration: the check must fail.
 """
 

@@ -25,7 +25,7 @@ EVERY_SECOND = LayersConfig(checkpointing="full", checkpoint_every=2)
 RECOMPUTING = {"full": FULL, "selective": SELECTIVE, "every second": EVERY_SECOND}
 
 COSTLY = (  # on a CPU
-    *("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    *("aten::mm", "aten::addmm", "fastppo::product"),
     "fastppo::packed_attention",
 )
 

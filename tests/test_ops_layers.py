@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastppo_kernels import layers, native
+from fastppo_kernels import layers
 from fastppo_kernels.native import isa as isas
 from numerics import assert_as_accurate, guarded
 
@@ -130,13 +130,6 @@ def test_the_number_of_threads_changes_nothing() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, made[0][name]) for one in made for name, x in one.items())
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (16, 33), (1000, 40), (40, 5000)])
-def test_a_transpose_moves_every_element(rows: int, columns: int) -> None:
-    wide = torch.randn(rows, columns + 3)
-    for x in (wide, wide[:, 1:-2]):
-        assert torch.equal(native.transposed(x), x.T) and native.transposed(x).is_contiguous()
 
 
 def test_nothing_to_do() -> None:

@@ -17,7 +17,9 @@ from fastppo.models.facts import (
 from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
 from fastppo.models.fused import fuse_layers, require_fused
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
+from fastppo.models.layer_parts import LayerParts, layer_parts
 from fastppo.models.lora import adapt, bare, is_adapted, plain_weights, require_peft
+from fastppo.models.native_layers import epsilon
 from fastppo.models.outline import outline
 from fastppo.models.prepare import frozen, prepare, to_device
 from fastppo.models.roles import (
@@ -34,6 +36,7 @@ from fastppo.models.roles import (
 
 __all__ = [
     "LMHead",
+    "LayerParts",
     "adapt",
     "bare",
     "classify",
@@ -41,6 +44,7 @@ __all__ = [
     "context_of",
     "critic_from",
     "eos_token_ids",
+    "epsilon",
     "frozen",
     "fuse_layers",
     "has_tokenizer",
@@ -50,6 +54,7 @@ __all__ = [
     "is_saved_adapter",
     "kv_bytes_per_token",
     "kv_shape",
+    "layer_parts",
     "lm_head",
     "load_critic",
     "load_policy",

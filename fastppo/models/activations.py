@@ -12,7 +12,7 @@ from fastppo.config import LayersConfig
 
 KEPT = frozenset(  # operators whose output costs far more to make than to keep
     {
-        *("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+        *("aten::mm", "aten::addmm", "fastppo::product"),
         *(f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         *("aten::_scaled_dot_product_flash_attention_for_cpu", "flash_attn::_flash_attn_varlen_forward"),
         *("torch_attn::_varlen_attn", "fastppo::packed_attention"),

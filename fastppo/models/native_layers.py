@@ -73,9 +73,20 @@ def _same(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], wi
     return True
 
 
+def is_native_norm(module: nn.Module) -> bool:
+    return getattr(module.forward, "__func__", None) is _norm
+
+
+def is_native_mlp(module: nn.Module) -> bool:
+    return getattr(module.forward, "__func__", None) is _mlp
+
+
+def epsilon(norm: Any) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return layers.rms_norm(hidden_states, module.weight, eps)
+    return layers.rms_norm(hidden_states, module.weight, epsilon(module))
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fastppo.batch import FinishReason, Prompts, Sampling
 from fastppo.protocols import OnFinish
 from fastppo.rollout.graphs import Steps, bucket
 from fastppo.rollout.kv import Decode, KVRows, Prefill
+from fastppo.rollout.layer_steps import LayerSteps, layer_steps
 from fastppo.rollout.seeds import request_seeds
 from fastppo_kernels import linear, sample
 
@@ -65,6 +66,8 @@ class Decoder:
         self.request, self.last, self.position = torch.zeros(3, capacity.rows, **integers)
         self.ends: list[int] = []
         self.on_finish: OnFinish | None = None
+        self.layer_steps: LayerSteps | None = None
+        self.first_step = True
 
     @property
     def fits(self) -> bool:
@@ -90,13 +93,14 @@ class Decoder:
         sizes = self.lengths[:total].tolist()
         used = (x[:total, : max(sizes)].tolist() for x in (self.tokens, self.logprobs))
         cut = ([row[:n] for row, n in zip(rows, sizes, strict=True)] for rows in used)
-        self.on_finish = None
+        self.on_finish = self.layer_steps = None
         return next(cut), next(cut), ["stop" if s else "length" for s in self.stopped[:total].tolist()]
 
     def _begin(self, prompts: Prompts, sampling: Sampling, seed: int) -> None:
         """Every row stands still, every request waits."""
         n, device = sampling.samples_per_prompt, self.policy.device
         self.samples_per_prompt = n
+        self.layer_steps, self.first_step = None, True
         self.prompts, self.sampling, self.next, self.ends = prompts, _of_steps(sampling), 0, []
         limits = torch.tensor(prompts.limits or (sampling.max_new_tokens,) * len(prompts)).repeat_interleave(n)
         for state in (self.limits, self.lengths, self.stopped, self.last, self.position):
@@ -164,9 +168,17 @@ class Decoder:
         """A token for each of the first `count` rows; which of them ended, (count,) bool."""
         rows = slice(0, count)
         step = Decode(self.kv, self.position[rows].clone(), span)
-        hidden = self._forward(self.last[rows], step.positions, step, None)
+        hidden = self._hidden(self.last[rows], step)
         self.position[rows] += self.request[rows] != self.spare
         return self._draw(self._logits(hidden), rows, sampling)
+
+    def _hidden(self, ids: Tensor, step: Decode) -> Tensor:
+        if self.layer_steps is not None:
+            return self.layer_steps(ids, step)
+        hidden = self._forward(ids, step.positions, step, None)
+        if self.first_step:
+            self.first_step, self.layer_steps = False, layer_steps(self.policy, ids, step, hidden)
+        return hidden
 
     def _forward(self, ids: Tensor, positions: Tensor, memory: Any, packing: Any) -> Tensor:
         out = self.policy.base_model(

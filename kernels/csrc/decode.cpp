@@ -14,8 +14,8 @@ int64_t fastppo_decode_scratch(int64_t span, int64_t group, int64_t width) {
 }
 
 // Writes k and v to keys and values at [i, :, positions[i]], then out_i from the positions up to there. A sequence's
-// numbers depend on nothing but itself.
-void fastppo_decode_attention(
+// numbers depend on nothing but itself. Returns 0, having done nothing, where a position is not in [0, span).
+int fastppo_decode_attention(
     int64_t num_sequences,
     int64_t kv_heads,
     int64_t group,             // query heads that share a head of keys
@@ -39,6 +39,7 @@ void fastppo_decode_attention(
     int num_threads
 ) {
     using namespace fastppo;
+    if (std::any_of(positions, positions + num_sequences, [&](int64_t p) { return p < 0 || p >= span; })) return 0;
     const Attention& kernels = *instruction_set(isa).attention;
     const int64_t size = dtype == kFloat32 ? 4 : 2, head_bytes = width * size;
     const int64_t per_thread = fastppo_decode_scratch(span, group, width);
@@ -58,6 +59,7 @@ void fastppo_decode_attention(
                 static_cast<char*>(out) + i * group * head_bytes);
         }
     });
+    return 1;
 }
 
 }  // extern "C"

@@ -3,4 +3,4 @@
 // allocates, so nothing fails in a way that Python cannot be told of.
 // Letters: B sequences, N packed tokens, R rows, V vocabulary, H hidden.
 
-extern "C" int fastppo_abi_version() { return 9; }
+extern "C" int fastppo_abi_version() { return 10; }

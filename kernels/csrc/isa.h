@@ -14,6 +14,7 @@ struct Loops;       // loops.h
 struct Attention;   // attention.h
 struct Packed;      // packed.h
 struct Layers;      // layers.h
+struct Matmul;      // matmul.h
 
 struct InstructionSet {
     const char* name;  // what FASTPPO_ISA takes
@@ -23,6 +24,7 @@ struct InstructionSet {
     const Attention* attention;
     const Packed* packed;
     const Layers* layers;
+    const Matmul* matmul;
 };
 
 // Number 0 is the fastest; the caller has asked whether the CPU supports it.

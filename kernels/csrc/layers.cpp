@@ -70,17 +70,4 @@ void fastppo_rotate(
     });
 }
 
-// out (columns, rows) of x (rows, columns), whose rows are x_row apart.
-void fastppo_transpose(
-    int64_t rows, int64_t columns, const float* x, int64_t x_row, float* out, int isa, int num_threads
-) {
-    using namespace fastppo;
-    constexpr int64_t kStrip = 16;  // columns
-    const Layers& kernels = *instruction_set(isa).layers;
-    parallel_for((columns + kStrip - 1) / kStrip, kStrip * rows, num_threads, [&](int, int64_t begin, int64_t end) {
-        const int64_t first = begin * kStrip, count = std::min(end * kStrip, columns) - first;
-        kernels.transpose(x + first, x_row, rows, count, out + first * rows, rows);
-    });
-}
-
 }  // extern "C"

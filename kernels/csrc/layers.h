@@ -1,4 +1,4 @@
-// Norms, gated activations and rotary positions with their gradients, and transposes, compiled for every instruction set
+// Norms, gated activations and rotary positions with their gradients, compiled for every instruction set
 // (layers_kernels.cpp). All arrays are float32, rows one after the other unless a distance is given.
 
 #pragma once
@@ -26,8 +26,6 @@ struct Layers {
     void (*rotate)(
         const float* x, int64_t x_row, int64_t x_head, const float* cos, const float* sin, int64_t rows, int64_t heads,
         int64_t width, bool back, float* out);
-    // out (columns, rows) of x (rows, columns), whose rows are x_row apart and those of out out_row.
-    void (*transpose)(const float* x, int64_t x_row, int64_t rows, int64_t columns, float* out, int64_t out_row);
 };
 
 }  // namespace fastppo

@@ -98,21 +98,11 @@ void rotate(
         }
 }
 
-void transpose(const float* x, int64_t x_row, int64_t rows, int64_t columns, float* out, int64_t out_row) {
-    constexpr int64_t kSide = 16;  // a cache line of both, read and written once
-    for (int64_t j = 0; j < columns; j += kSide)
-        for (int64_t i = 0; i < rows; i += kSide) {
-            const int64_t height = rows - i < kSide ? rows - i : kSide, width = columns - j < kSide ? columns - j : kSide;
-            for (int64_t b = 0; b < width; ++b)
-                for (int64_t a = 0; a < height; ++a) out[(j + b) * out_row + i + a] = x[(i + a) * x_row + j + b];
-        }
-}
-
 }  // namespace
 
 namespace fastppo {
 
 extern const Layers FASTPPO_LAYERS;
-const Layers FASTPPO_LAYERS = {norm, norm_backward, gated, gated_backward, rotate, transpose};
+const Layers FASTPPO_LAYERS = {norm, norm_backward, gated, gated_backward, rotate};
 
 }  // namespace fastppo

@@ -4,8 +4,7 @@ Logits are made in float32 and overwritten by their gradient, in the dtype of th
 
 The library of a GPU picks its algorithm by the shape of a product, and with it the order of summation. So there every
 product of hidden states or of their gradient has as many rows, the last one padded: a row's bits do not depend on how
-many there are. (In the sum over rows that is the weight's gradient they all take part.) On the CPU the last chunk is
-padded a little, to a size that recurs.
+many there are. (In the sum over rows that is the weight's gradient they all take part.) On the CPU they do not anyway.
 """
 
 from collections.abc import Iterator
@@ -16,28 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastppo_kernels.linear import (
-    TILE_BYTES,
-    common_floor,
-    common_size,
-    product,
-    product_into,
-    product_over,
-    product_tiles,
-    runs_onednn,
-    transposed,
-)
+from fastppo_kernels import native
+from fastppo_kernels.linear import runs_native
 from fastppo_kernels.native.halves import HalvedSum
 from fastppo_kernels.reference import working_dtype
 
 # Bytes of a chunk's float32 logits, unless that is fewer rows than one of the two below. CPU: what the C library keeps
-# when it is freed (`keep_freed_memory`); a larger result of every product is new pages. GPU: what a chunk costs beyond
+# when it is freed (`keep_freed_memory`); the memory of more is new pages in every call. GPU: what a chunk costs beyond
 # its products is one reading and writing of the weight's gradient, 8 V H bytes, so few chunks.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
 MIN_CHUNK_ROWS = 256  # below this, reading the weight and adding to its gradient takes longer than multiplying
 WIDE_CHUNK_ROWS = 512  # and so many where the gradient of the weight, if one is made, is as large as their logits
 PIECE_ROWS = 1024  # on a GPU: fills an H200 with 128 x 256 tiles when H = 4096, and half of it is what padding costs
 STRIDE = 64  # elements: every row of the buffer begins at a multiple of 16 bytes, whatever the vocabulary
+TILE_BYTES = 1 << 20  # of a part of the weight's gradient that is added to its sum: so much stays in a core's cache
 
 
 def default_chunk_size(vocab_size: int, hidden_size: int, device: torch.device) -> int:
@@ -54,11 +45,11 @@ def pads_products(device: torch.device) -> bool:
 
 @cache
 def keep_freed_memory() -> None:
-    """Lets the C library keep up to 64 MB that it has free, for the results of products, which oneDNN asks for anew.
+    """Lets the C library keep up to 64 MB that it has free, for the logits of the next call.
 
     glibc gives memory back where more is free than twice the largest mapped block it ever freed, of 32 MB at most, and
-    maps blocks that are larger: here it frees one of 32 MB, once in a process. Every chunk of logits is else 4096 new
-    pages, to be filled with zeros first. Where these limits are set in the environment, or the C library is another
+    maps blocks that are larger: here it frees one of 32 MB, once in a process. The logits of every call are else 4096
+    new pages, to be filled with zeros first. Where these limits are set in the environment, or the C library is another
     one, nothing changes.
     """
     bytearray((32 << 20) - (1 << 14))
@@ -86,10 +77,10 @@ def exact_products(x: Tensor) -> Iterator[None]:
 class ChunkedHead:
     """Products of the LM head with chunks of hidden states, and the gradients of both (and of the bias).
 
-    On the CPU operands are converted to the working dtype, hidden states by the chunk and the weight by the tile; on a
-    GPU bfloat16 and float16 operands are multiplied as they are and accumulated in float32. The weight's gradient is
-    accumulated in the working dtype; in C++ a large bfloat16 one is rounded in place. Both the products and the row
-    kernels between them belong inside `exact_products`.
+    On the CPU the product of float32 and bfloat16 operands converts what it packs, others are converted whole; on a GPU
+    bfloat16 and float16 operands are multiplied as they are and accumulated in float32. The weight's gradient is
+    accumulated in the working dtype; in C++ a bfloat16 one is rounded in place. Both the products and the row kernels
+    between them belong inside `exact_products`.
     """
 
     def __init__(
@@ -110,23 +101,16 @@ class ChunkedHead:
         self.piece = 0  # rows of every product; 0: as many as there are
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
-        self.onednn = runs_onednn(hidden, self.dtype) and not self.piece
-        if self.onednn:
-            self.chunk_size = common_floor(self.chunk_size)  # so the last chunk alone is padded
+        self.native = not self.piece and self.dtype == torch.float32 and runs_native(hidden, weight)
         self.mixed = self.operand_dtype != self.dtype
-        self.hidden, self.weight = hidden, weight if self.onednn else weight.to(self.operand_dtype)
-        self.by_tiles = self.onednn and weight.dtype != self.dtype  # converted so, and no copy of the weight is held
+        self.hidden, self.weight = hidden, weight if self.native else weight.to(self.operand_dtype)
         vocab_size, num_rows = weight.shape[0], hidden.shape[0]
-        # for any R: equal bits
-        self.direct = self.onednn and not self.by_tiles and _is_kept(self.chunk_size, vocab_size)
-        if self.direct:
+        rows, stride = self._padded(min(self.chunk_size, num_rows)), _padded_columns(vocab_size)
+        if self.native:
             keep_freed_memory()
-        rows = 0 if self.direct else self._padded(min(self.chunk_size, num_rows))
-        stride = vocab_size if self.onednn else -(-vocab_size // STRIDE) * STRIDE  # oneDNN is slow where there are gaps
         self.buffer = torch.empty(rows, stride, dtype=self.dtype, device=hidden.device)[:, :vocab_size]
         shape = self._padded(num_rows), hidden.shape[1]
         self.dhidden = hidden.new_empty(shape, dtype=self.operand_dtype) if wanted[0] else None
-        self.by_columns = self.onednn and _is_kept(*weight.shape)
         self.dweight = self._weight_sum(weight, backend) if wanted[1] else None
         self.dbias = torch.zeros_like(self.bias) if wanted[2] and self.bias is not None else None
 
@@ -138,14 +122,9 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """(C, V) logits of a chunk in the working dtype, overwritten by those of the next."""
-        num_rows, whole = rows.stop - rows.start, self._whole(rows)
-        if self.direct:
-            self.buffer = self.buffer.new_empty(0)  # those of the chunk before, before these come
-            self.buffer = product(self._hidden(whole), self.weight, self.bias)
-            return self.buffer[:num_rows]
-        if self.onednn:
-            product_into(self.buffer[: whole.stop - whole.start], self._hidden(whole), self.weight, self.bias)
-            return self.buffer[:num_rows]
+        num_rows = rows.stop - rows.start
+        if self.native:
+            return native.matmul(self.hidden[rows], self.weight.T, self.bias, out=self.buffer[:num_rows])
         for piece, place in self._pieces(rows):
             _multiply(self._hidden(piece), self.weight.T, self.buffer[place])
         logits = self.buffer[:num_rows]
@@ -160,12 +139,8 @@ class ChunkedHead:
         dlogits = self.dlogits(self.buffer[: rows.stop - rows.start])
         if self.dbias is not None:
             self.dbias.add_(dlogits.sum(0, dtype=self.dtype))
-        if self.onednn:
-            num_rows, rows = rows.stop - rows.start, self._whole(rows)
-            dlogits = self.buffer[: rows.stop - rows.start]
-            dlogits[num_rows:] = 0
-        if self.dhidden is not None and self.onednn:
-            self.dhidden[rows] = self._times_weight(dlogits)
+        if self.dhidden is not None and self.native:
+            native.matmul(dlogits, self.weight, out=self.dhidden[rows])
         elif self.dhidden is not None:
             padded = self.dlogits(self.buffer)  # and with rows of padding below, whose gradient is not looked at
             for piece, place in self._pieces(rows):
@@ -182,35 +157,27 @@ class ChunkedHead:
         self.buffer = self.weight = nothing = self.hidden.new_empty(0, dtype=self.operand_dtype)
         dhidden = None if self.dhidden is None else self.dhidden[: self.hidden.shape[0]]
         dweight = self.dweight.rounded() if isinstance(self.dweight, HalvedSum) else self.dweight
-        if self.by_columns and dweight is not None:
-            dweight = transposed(dweight.T)
         made = zip((dhidden, dweight, self.dbias), inputs, strict=True)
         a, b, c = (nothing.clone() if g is None or x is None else g.to(x.dtype).contiguous() for g, x in made)
         return a, b, c
 
-    def _times_weight(self, dlogits: Tensor) -> Tensor:
-        return product_over(dlogits, self.weight) if self.by_tiles else product(dlogits, self.weight.T)
-
     def _weight_sum(self, weight: Tensor, backend: str) -> Tensor | HalvedSum:
-        """What (V, H) gradients of chunks are added to; a small one lies as (H, V), the way its products come."""
-        if self.by_columns:
-            return torch.zeros(weight.shape[::-1], dtype=self.dtype, device=weight.device).T
-        if self.by_tiles and weight.dtype == torch.bfloat16 and backend == "native":
+        """What (V, H) gradients of chunks are added to."""
+        if self.native and weight.dtype == torch.bfloat16 and backend == "native":
             return HalvedSum(*weight.shape)
-        make = torch.zeros if self.onednn or self.hidden.shape[0] == 0 else torch.empty  # else the first chunk fills it
+        make = torch.zeros if self.hidden.shape[0] == 0 else torch.empty  # else the first chunk fills it
         return make(weight.shape, dtype=self.dtype, device=weight.device)
 
     def _accumulate_weight(self, dweight: Tensor | HalvedSum, rows: slice, dlogits: Tensor) -> None:
-        hidden = self._hidden(rows)
         if isinstance(dweight, HalvedSum):
-            for tile, made in product_tiles(dlogits, hidden):
-                dweight.add(tile, made)
-        elif self.by_columns:
-            dweight.T.add_(product(transposed(hidden), dlogits.T))
-        elif self.onednn:
-            for tile, made in product_tiles(dlogits, hidden):
-                dweight[tile] += made
-        elif rows.start == 0:
+            for tile in _tiles(*self.weight.shape):
+                dweight.add(tile, native.matmul(dlogits[:, tile].T, self.hidden[rows]))
+            return
+        if self.native:
+            native.matmul(dlogits.T, self.hidden[rows], out=dweight, accumulate=rows.start > 0)
+            return
+        hidden = self._hidden(rows)
+        if rows.start == 0:
             _multiply(dlogits.T, hidden, dweight)
         elif self.mixed:
             torch.addmm(dweight, dlogits.T, hidden, out_dtype=self.dtype, out=dweight)
@@ -232,13 +199,7 @@ class ChunkedHead:
 
     def _padded(self, num_rows: int) -> int:
         """So many rows and what the padding adds."""
-        if self.onednn:
-            return common_size(num_rows)
         return -(-num_rows // self.piece) * self.piece if self.piece else num_rows
-
-    def _whole(self, rows: slice) -> slice:
-        """A chunk with what pads it."""
-        return slice(rows.start, rows.start + self._padded(rows.stop - rows.start))
 
 
 def peak_bytes(
@@ -254,33 +215,22 @@ def peak_bytes(
 ) -> int:
     """Most bytes that a `ChunkedHead` holds at a time: buffer, copies, gradients of hidden and weight (as `wanted`).
 
-    By what it does on a CPU with oneDNN and on a GPU, for float32 and bfloat16; nothing is allocated.
+    By what it does on a CPU in C++ and on a GPU, for float32 and bfloat16; nothing is allocated.
     """
     cpu, R, V, H = device.type == "cpu", num_rows, vocab_size, hidden_size
     operand = 4 if cpu else max(hidden_dtype.itemsize, weight_dtype.itemsize)
     asked = chunk_size or default_chunk_size(V, H, device)
-    chunk, piece = min(common_floor(asked) if cpu else asked, R), min(PIECE_ROWS, asked)
-    pads = cpu and common_size(chunk) != chunk
-    chunk, R = (common_size(chunk), common_size(R)) if cpu else (chunk, R)
+    chunk, piece = min(asked, R), min(PIECE_ROWS, asked)
     padded = chunk if cpu else -(-chunk // piece) * piece
-    small, converts = cpu and _is_kept(V, H), weight_dtype.itemsize != operand
-    copies = operand * (chunk * H * (pads or hidden_dtype.itemsize != operand) + V * H * (converts and not cpu))
-    logits = 4 * padded * (V if cpu else -(-V // STRIDE) * STRIDE)
+    converts = weight_dtype.itemsize != operand
+    # on the CPU nothing is converted, and a bfloat16 gradient takes the place of its sum, to which tiles are added
+    copies = 0 if cpu else operand * (chunk * H * (hidden_dtype.itemsize != operand) + V * H * converts)
+    tile = 4 * H * min(V, _tile_rows(H)) * (cpu and wanted[1] and weight_dtype.itemsize != 4)
+    logits = 4 * padded * _padded_columns(V)
     dhidden, dweight = operand * R * H * wanted[0], 4 * V * H * wanted[1]
-    working = logits + (_product_bytes(chunk, V, H, small, converts, wanted) if cpu else 0)
-    # on the CPU a bfloat16 gradient takes the place of its sum, unless that is small
-    converted = weight_dtype.itemsize * V * H * (wanted[1] and (small or (weight_dtype.itemsize != 4 and not cpu)))
+    converted = weight_dtype.itemsize * V * H * (wanted[1] and weight_dtype.itemsize != 4 and not cpu)
     returned = hidden_dtype.itemsize * R * H * (wanted[0] and hidden_dtype.itemsize != operand)
-    return dhidden + dweight + max(copies + working, returned + converted)
-
-
-def _product_bytes(chunk: int, V: int, H: int, small: bool, converts: bool, wanted: tuple[bool, bool]) -> int:
-    """Most bytes beside its operands and result that a product of a chunk by oneDNN takes: tiles of all of them."""
-    across, along = (min(V, TILE_BYTES // (4 * max(1, other))) for other in (chunk, H))
-    made = [across * (chunk + H * converts) * (converts or not _is_kept(chunk, V))]
-    made += [chunk * H + (along * (chunk + H) + chunk * H) * converts] * wanted[0]
-    made += [V * H if small else along * (chunk + 2 * H) + chunk * H] * wanted[1]
-    return 4 * max(made)
+    return dhidden + dweight + max(copies + logits + tile, returned + converted)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -295,6 +245,15 @@ def _whole_pieces(chunk_size: int) -> int:
     return chunk_size - chunk_size % min(PIECE_ROWS, chunk_size)
 
 
-def _is_kept(num_rows: int, num_columns: int) -> bool:
-    """Whether the allocator keeps the memory of a float32 matrix for the next one of its size."""
-    return 4 * num_rows * num_columns <= CHUNK_BYTES["cpu"]
+def _padded_columns(vocab_size: int) -> int:
+    return -(-vocab_size // STRIDE) * STRIDE
+
+
+def _tiles(length: int, other: int) -> Iterator[slice]:
+    """Slices of 0..length such that float32 (slice, other) has about TILE_BYTES."""
+    step = _tile_rows(other)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _tile_rows(width: int) -> int:
+    return max(64, TILE_BYTES // (4 * width) // 64 * 64)

@@ -39,9 +39,9 @@ from fastppo.bench.problems import (
     policy_loss,
     verl,
 )
-from fastppo_kernels import linear_ppo_loss
-from fastppo_kernels.head import CHUNK_BYTES, default_chunk_size
-from fastppo_kernels.linear import product, product_into, product_tiles, runs_onednn
+from fastppo_kernels import linear_ppo_loss, native
+from fastppo_kernels.head import default_chunk_size
+from fastppo_kernels.linear import runs_native
 
 LIGER, LIGER_SCALED = "liger_kernel.chunked_loss", "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 VERL, VERL_KERNEL = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
@@ -66,27 +66,23 @@ def by_autograd(p: HeadProblem, loss: Any) -> Outputs:
 
 def whole_products(hidden: Tensor, weight: Tensor) -> Outputs:
     """The products of the op with logits in place of their gradient; (R, V) is new memory on every call."""
-    if runs_onednn(hidden, hidden.dtype):
-        logits = product(hidden, weight)
-        return {"dhidden": product(logits, weight.T), "dweight": product(hidden.T, logits.T)}
-    logits = torch.mm(hidden, weight.T)
-    return {"dhidden": torch.mm(logits, weight), "dweight": torch.mm(logits.T, hidden)}
+    matmul = native.matmul if runs_native(hidden, weight) else torch.mm
+    logits = matmul(hidden, weight.T)
+    return {"dhidden": matmul(logits, weight), "dweight": matmul(logits.T, hidden)}
 
 
-def chunked_products(hidden: Tensor, weight: Tensor, chunk: int, small: bool) -> Outputs:
-    """The same a chunk of rows at a time; `small` logits of a chunk fit the memory that the allocator keeps."""
+def chunked_products(hidden: Tensor, weight: Tensor, chunk: int) -> Outputs:
+    """The same a chunk of rows at a time."""
     dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
-    logits = hidden.new_empty(0 if small else chunk, weight.shape[0])
+    logits = hidden.new_empty(chunk, weight.shape[0])
     for x, dx in zip(hidden.split(chunk), dhidden.split(chunk), strict=True):
-        if runs_onednn(hidden, hidden.dtype):
-            made = product(x, weight) if small else logits[: len(x)]
-            if not small:
-                product_into(made, x, weight)
-            dx.copy_(product(made, weight.T))
-            for tile, part in product_tiles(made, x):
-                dweight[tile] += part
+        made = logits[: len(x)]
+        if runs_native(hidden, weight):
+            native.matmul(x, weight.T, out=made)
+            native.matmul(made, weight, out=dx)
+            native.matmul(made.T, x, out=dweight, accumulate=True)
         else:
-            made = torch.mm(x, weight.T, out=logits[: len(x)])
+            torch.mm(x, weight.T, out=made)
             torch.mm(made, weight, out=dx)
             dweight.addmm_(made.T, x)
     return {"dhidden": dhidden, "dweight": dweight}
@@ -150,7 +146,6 @@ def variants(p: HeadProblem) -> dict[str, Variant | str]:
     on_cpu = p.hidden.device.type == "cpu"
     hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
     chunk = default_chunk_size(weight.shape[0], weight.shape[1], hidden.device)
-    small = on_cpu and 4 * chunk * weight.shape[0] <= CHUNK_BYTES["cpu"]
 
     def of(score: Score) -> Variant:
         """A peer that makes log-probs, under the same loss as the others."""
@@ -161,7 +156,7 @@ def variants(p: HeadProblem) -> dict[str, Variant | str]:
         harness.OURS: Variant(run=lambda: fastppo(p)),
         "three products, whole": Variant(run=lambda: whole_products(hidden, weight), truth={}, note="no loss"),
         "three products, chunks": Variant(
-            run=lambda: chunked_products(hidden, weight, chunk, small), truth={}, note="no loss"
+            run=lambda: chunked_products(hidden, weight, chunk), truth={}, note="no loss"
         ),
         "torch eager": Variant(run=lambda: by_autograd(p, head_loss)),
         "torch.compile": Variant(run=partial(by_autograd, p, torch.compile(head_loss, dynamic=False))),

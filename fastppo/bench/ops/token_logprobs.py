@@ -35,8 +35,8 @@ from fastppo.bench.problems import (
     spread,
     verl,
 )
-from fastppo_kernels import token_logprobs
-from fastppo_kernels.linear import product, runs_onednn
+from fastppo_kernels import native, token_logprobs
+from fastppo_kernels.linear import runs_native
 
 Pair = tuple[Tensor, Tensor | None]
 Score = Callable[[Tensor, Tensor, Rows], Pair]
@@ -97,7 +97,7 @@ def exact(hidden: Tensor, weight: Tensor, rows: Rows) -> Pair:
 
 
 def one_product(hidden: Tensor, weight: Tensor) -> Outputs:
-    return {"logits": product(hidden, weight) if runs_onednn(hidden, hidden.dtype) else torch.mm(hidden, weight.T)}
+    return {"logits": (native.matmul if runs_native(hidden, weight) else torch.mm)(hidden, weight.T)}
 
 
 def variants(p: HeadProblem, gradient: bool) -> dict[str, Variant | str]:

@@ -1,9 +1,11 @@
 """The C++ backend: the functions of `fastppo_kernels.eager`, for float32 and bfloat16 tensors on the CPU."""
 
 from fastppo_kernels.native.decode import decode_attention
+from fastppo_kernels.native.decoder import DecoderLayers, Layer
 from fastppo_kernels.native.isa import available_isas
-from fastppo_kernels.native.layers import gated, gated_backward, rms_norm, rms_norm_backward, rotate, transposed
+from fastppo_kernels.native.layers import gated, gated_backward, rms_norm, rms_norm_backward, rotate
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
+from fastppo_kernels.native.matmul import matmul
 from fastppo_kernels.native.packed import packed_attention, packed_attention_backward
 from fastppo_kernels.native.rows import logprob_rows, logprob_rows_backward, ppo_rows, ppo_tokens
 from fastppo_kernels.native.sampling import sample
@@ -13,6 +15,8 @@ from fastppo_kernels.native.values import linear_value_rows, value_rows
 
 __all__ = [
     "ABI_VERSION",
+    "DecoderLayers",
+    "Layer",
     "available_isas",
     "decode_attention",
     "gae",
@@ -23,6 +27,7 @@ __all__ = [
     "load",
     "logprob_rows",
     "logprob_rows_backward",
+    "matmul",
     "moments",
     "packed_attention",
     "packed_attention_backward",
@@ -34,6 +39,5 @@ __all__ = [
     "sample",
     "table_sums",
     "token_rewards",
-    "transposed",
     "value_rows",
 ]

@@ -25,18 +25,18 @@ def decode_attention(
     if q.dtype not in _DTYPES:
         raise ValueError(f"q must be float32 or bfloat16, got {q.dtype}; convert it with .float()")
     (n, heads, D), kv_heads = q.shape, k.shape[1]
-    if n and not 0 <= int(positions.min()) <= int(positions.max()) < s.span:
-        raise ValueError(f"positions must lie in [0, {s.span}), got {int(positions.min())} to {int(positions.max())}")
     q, k, v, positions = (x.contiguous() for x in (q, k, v, positions))
     out, library, threads = torch.empty_like(q), _library(), torch.get_num_threads()
     size = library.fastppo_decode_scratch(s.span, heads // max(kv_heads, 1), D)
     scratch = q.new_empty(threads, size, dtype=torch.float32)
-    library.fastppo_decode_attention(
+    legal = library.fastppo_decode_attention(
         *[n, kv_heads, heads // max(kv_heads, 1), D, _DTYPES[q.dtype]],
         *[x.data_ptr() for x in (q, k, v, keys, values)],
         *[keys.stride(0), keys.stride(1), positions.data_ptr(), s.span, s.reach],
         *[s.scale, s.softcap or 0.0, scratch.data_ptr(), out.data_ptr(), chosen_isa(), threads],
     )
+    if not legal:
+        raise ValueError(f"positions must lie in [0, {s.span}), got {int(positions.min())} to {int(positions.max())}")
     return out
 
 
@@ -47,7 +47,7 @@ def _library() -> ctypes.CDLL:
     library.fastppo_decode_attention.argtypes = [
         *[_INT64] * 4, _INT, *memory, *settings, _POINTER, _POINTER, _INT, _INT
     ]  # fmt: skip
-    library.fastppo_decode_attention.restype = None
+    library.fastppo_decode_attention.restype = _INT
     library.fastppo_decode_scratch.argtypes = [_INT64] * 3
     library.fastppo_decode_scratch.restype = _INT64
     return library

@@ -51,13 +51,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return out
 
 
-def transposed(x: Tensor) -> Tensor:
-    """(C, R) contiguous of x (R, C), rows any distance apart: PyTorch's copy takes 2.5 times as long."""
-    out, library = x.new_empty(x.shape[1], x.shape[0]), _library()
-    library.fastppo_transpose(*x.shape, x.data_ptr(), x.stride(0), *_at(out), chosen_isa(), torch.get_num_threads())
-    return out
-
-
 def _at(*tensors: Tensor) -> list[int]:
     return [x.data_ptr() for x in tensors]
 
@@ -72,7 +65,6 @@ def _library() -> ctypes.CDLL:
     library.fastppo_gated.argtypes = [_INT64, *[_POINTER] * 3, *run]
     library.fastppo_gated_backward.argtypes = [_INT64, *[_POINTER] * 5, *run]
     library.fastppo_rotate.argtypes = [*[_INT64] * 3, _POINTER, _INT64, _INT64, *[_POINTER] * 2, _INT, _POINTER, *run]
-    library.fastppo_transpose.argtypes = [_INT64, _INT64, _POINTER, _INT64, _POINTER, *run]
-    for name in ("transpose", "rms_norm", "rms_norm_backward", "gated", "gated_backward", "rotate"):
+    for name in ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "rotate"):
         getattr(library, f"fastppo_{name}").restype = None
     return library

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 LIBRARY_NAME = "libfastppo_native.so"
-ABI_VERSION = 9
+ABI_VERSION = 10
 _POINTER, _INT64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 

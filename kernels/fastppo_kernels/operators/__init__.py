@@ -7,6 +7,7 @@ from fastppo_kernels.operators.decode import decode_attention
 from fastppo_kernels.operators.logprobs import logits_token_logprobs, token_logprobs
 from fastppo_kernels.operators.packed import PackedAttention
 from fastppo_kernels.operators.ppo import linear_ppo, logits_ppo, logits_ppo_, ppo_tokens
+from fastppo_kernels.operators.product import product
 from fastppo_kernels.operators.sampling import sample
 from fastppo_kernels.operators.scale import scale_, scaled
 from fastppo_kernels.operators.sequences import gae, moments, token_rewards
@@ -24,6 +25,7 @@ __all__ = [
     "looked_at",
     "moments",
     "ppo_tokens",
+    "product",
     "sample",
     "scale_",
     "scaled",

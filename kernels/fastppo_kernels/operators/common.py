@@ -59,7 +59,8 @@ def looked_at(*tensors: Tensor) -> bool:
     Otherwise a kernel is called without it: on a CPU it takes 0.1 ms for an operator that writes to its inputs, which
     is more than the attention of a small model's token.
     """
+    if torch.compiler.is_compiling():
+        return True
     profiled = torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     modes = torch._C._len_torch_dispatch_stack()
-    plain = all(type(x) is Tensor for x in tensors)
-    return profiled or modes > 0 or not plain or torch.compiler.is_compiling()
+    return profiled or modes > 0 or not all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
