@@ -101,6 +101,14 @@ def watched(model: Any) -> None:
     model.base_model.layers[0].mlp.register_forward_hook(lambda *_: None)
 
 
+def watched_layer(model: Any) -> None:
+    model.base_model.layers[0].register_forward_pre_hook(lambda *_: None)
+
+
+def watched_body(model: Any) -> None:
+    model.base_model.register_forward_hook(lambda *_: None)
+
+
 def another_parameter(model: Any) -> None:
     model.base_model.layers[0].gain = torch.nn.Parameter(torch.ones(1))
 
@@ -110,7 +118,9 @@ def another_layer(model: Any) -> None:
     layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
 
 
-@pytest.mark.parametrize("change", [scaled_branch, watched, another_parameter, another_layer])
+@pytest.mark.parametrize(
+    "change", [scaled_branch, watched, watched_layer, watched_body, another_parameter, another_layer]
+)
 def test_a_model_that_is_something_else_runs_as_it_is(change: Any, made_steps: list[Any]) -> None:
     model = policy()
     change(model)
@@ -142,10 +152,11 @@ def test_adapters_run_as_they_are(made_steps: list[Any]) -> None:
 def test_a_position_outside_memory_is_named() -> None:
     H, D, rows = 8, 4, 3
     weight, memory = torch.zeros(H, H), torch.zeros(rows, 2, 6, D)
-    layer = native.Layer(
+    weights = native.LayerWeights(
         *(torch.ones(H), weight, None, weight, None, weight, None, None, None, weight, None, torch.ones(H)),
-        *(weight, weight, weight, memory, memory.clone(), None, 1e-6, 0.0, 1e-6, 0.5, None),
+        *(weight, weight, weight),
     )
+    layer = native.Layer(weights, native.LayerSettings(1e-6, 0.0, 1e-6, 0.5), memory, memory.clone())
     layers, x, angles = native.DecoderLayers([layer]), torch.ones(rows, H), torch.ones(rows, D)
     assert torch.equal(layers.step(x, angles, angles, torch.tensor([0, 2, 5]), 6), x)  # weights of zero add nothing
     for positions in ([0, 2, 6], [0, -1, 2]):

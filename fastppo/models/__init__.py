@@ -19,7 +19,6 @@ from fastppo.models.fused import fuse_layers, require_fused
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
 from fastppo.models.layer_parts import LayerParts, layer_parts
 from fastppo.models.lora import adapt, bare, is_adapted, plain_weights, require_peft
-from fastppo.models.native_layers import epsilon
 from fastppo.models.outline import outline
 from fastppo.models.prepare import frozen, prepare, to_device
 from fastppo.models.roles import (
@@ -44,7 +43,6 @@ __all__ = [
     "context_of",
     "critic_from",
     "eos_token_ids",
-    "epsilon",
     "frozen",
     "fuse_layers",
     "has_tokenizer",

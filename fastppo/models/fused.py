@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastppo.attention import UNTRACED, packed_attention
 from fastppo.checks import require
 from fastppo.config import LayersConfig
+from fastppo.models.native_decoder import use_native_decoder
 from fastppo.models.native_layers import use_native
 from fastppo.models.prepare import Linear
 
@@ -63,6 +64,7 @@ def fuse_layers(model: PreTrainedModel, config: LayersConfig, home: torch.device
         compile_layers(model)
     elif config.fused == "native":
         use_native(model, _with_names)
+        use_native_decoder(model)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

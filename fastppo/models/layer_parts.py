@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastppo.models.native_layers import is_native_mlp, is_native_norm
+from fastppo.models.native_layers import epsilon, is_native_mlp, is_native_norm
 from fastppo.models.prepare import Linear
+from fastppo_kernels.native import LayerSettings, LayerWeights
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,13 @@ class LayerParts:
     """Of a layer with C++ norms and gated activation; no parameter of it is left out."""
 
     index: int
-    input_norm: nn.Module
+    input_norm: Any
     q: Linear
     k: Linear
     v: Linear
     o: Linear
-    head_norms: tuple[nn.Module, nn.Module] | None  # of queries and keys
-    inner_norm: nn.Module
+    head_norms: tuple[Any, Any] | None  # of queries and keys
+    inner_norm: Any
     gate: Linear
     up: Linear
     down: Linear
@@ -32,15 +33,48 @@ class LayerParts:
         plain = (self.input_norm, self.q, self.k, self.v, self.o, self.inner_norm, self.gate, self.up, self.down)
         return (*plain, *(self.head_norms or ()))
 
+    @property
+    def weights(self) -> LayerWeights:
+        q_norm, k_norm = (None, None) if self.head_norms is None else (x.weight for x in self.head_norms)
+        return LayerWeights(
+            input_norm=self.input_norm.weight,
+            q=self.q.weight,
+            q_bias=self.q.bias,
+            k=self.k.weight,
+            k_bias=self.k.bias,
+            v=self.v.weight,
+            v_bias=self.v.bias,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            o=self.o.weight,
+            o_bias=self.o.bias,
+            inner_norm=self.inner_norm.weight,
+            gate=self.gate.weight,
+            up=self.up.weight,
+            down=self.down.weight,
+        )
+
+    def settings(self, scale: float, window: int | None, softcap: float | None) -> LayerSettings:
+        """With what attention is called with."""
+        head_eps = 0.0 if self.head_norms is None else epsilon(self.head_norms[0])
+        return LayerSettings(epsilon(self.input_norm), head_eps, epsilon(self.inner_norm), scale, window, softcap)
+
 
 def layer_parts(model: PreTrainedModel) -> list[LayerParts] | None:
     """The parts of every layer, in order; None where one is anything but these, or has hooks or adapters."""
-    layers = getattr(model.base_model, "layers", None)
-    found = [_parts(layer) for layer in layers or ()]
-    return None if not found or None in found else found  # pyright: ignore[reportReturnType]
+    found: list[LayerParts] = []
+    if _is_watched(model.base_model):
+        return None
+    for layer in getattr(model.base_model, "layers", None) or ():
+        parts = parts_of(layer)
+        if parts is None or has_others(parts, layer) or _is_watched(layer):
+            return None
+        found.append(parts)
+    return found or None
 
 
-def _parts(layer: Any) -> LayerParts | None:
+def parts_of(layer: Any) -> LayerParts | None:
+    """Of one layer that was seen to have no others (`layer_parts`): they may have been replaced, or be watched."""
     try:
         attention, mlp = layer.self_attn, layer.mlp
         norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
@@ -50,17 +84,25 @@ def _parts(layer: Any) -> LayerParts | None:
         )  # fmt: skip
     except AttributeError:
         return None
-    return made if _is_all(made, layer) else None
+    watched = any(_is_watched(x) for x in (attention, mlp, *made.modules))
+    return made if is_native_mlp(mlp) and _are_known(made) and not watched else None
 
 
-def _is_all(parts: LayerParts, layer: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _are_known(parts: LayerParts) -> bool:
     norms = (parts.input_norm, parts.inner_norm, *(parts.head_norms or ()))
     products = (parts.q, parts.k, parts.v, parts.o, parts.gate, parts.up, parts.down)
+    unbiased = (parts.gate, parts.up, parts.down)
     return (
         all(is_native_norm(x) for x in norms)
-        and is_native_mlp(layer.mlp)  # pyright: ignore[reportArgumentType]
         and all(type(x) is Linear for x in products)
-        and all(x.bias is None for x in (parts.gate, parts.up, parts.down))
-        and {*layer.parameters()} == {p for x in parts.modules for p in x.parameters()}
-        and not any(x._forward_hooks or x._forward_pre_hooks for x in layer.modules())
+        and all(x.bias is None for x in unbiased)
     )
+
+
+def has_others(parts: LayerParts, layer: nn.Module) -> bool:
+    """Whether the layer has parameters that are not of these parts."""
+    return {*layer.parameters()} != {p for x in parts.modules for p in x.parameters()}

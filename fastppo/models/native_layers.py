@@ -36,7 +36,13 @@ def use_native(model: PreTrainedModel, with_names: Callable[..., Any]) -> None:
     count = sum(_replace(module) for module in model.modules())
     for module in model.modules():
         forward: Any = type(module).forward
-        if rotates and getattr(forward, "__globals__", None) is names and ROTARY in forward.__code__.co_names:
+        changed = "forward" in vars(module)  # by somebody else, or here before
+        if (
+            rotates
+            and not changed
+            and getattr(forward, "__globals__", None) is names
+            and ROTARY in forward.__code__.co_names
+        ):
             module.forward = MethodType(with_names(forward, {ROTARY: rotary}), module)
             count += 1
     require(

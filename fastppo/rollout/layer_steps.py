@@ -47,16 +47,8 @@ def layer_steps(policy: PreTrainedModel, ids: Tensor, step: Decode, hidden: Tens
 
 
 def _layer(x: models.LayerParts, step: Decode) -> native.Layer:
-    (keys, values), settings = step.kv.layers[x.index], step.seen[x.index]
-    q_norm, k_norm = x.head_norms or (None, None)
-    weights = [
-        *(x.input_norm.weight, x.q.weight, x.q.bias, x.k.weight, x.k.bias, x.v.weight, x.v.bias),
-        *(None if norm is None else norm.weight for norm in (q_norm, k_norm)),
-        *(x.o.weight, x.o.bias, x.inner_norm.weight, x.gate.weight, x.up.weight, x.down.weight),
-    ]
-    _require_plain(*weights)
-    eps = [0.0 if norm is None else models.epsilon(norm) for norm in (x.input_norm, q_norm, x.inner_norm)]
-    return native.Layer(*weights, keys, values, settings.window, *eps, settings.scale, settings.softcap)  # pyright: ignore
+    _require_plain(*x.weights)
+    return native.Layer(x.weights, x.settings(*step.seen[x.index]), *step.kv.layers[x.index])
 
 
 def _require_plain(*weights: Tensor | None) -> None:

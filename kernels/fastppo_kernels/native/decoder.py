@@ -15,8 +15,8 @@ from fastppo_kernels.native.library import load
 EVERYTHING = (1 << 62) - 1  # the window of a layer that has none
 
 
-class Layer(NamedTuple):
-    """Weights (outputs, inputs) of a layer, its memory of earlier tokens, and its settings; float32, contiguous."""
+class LayerWeights(NamedTuple):
+    """Of a decoder layer, (outputs, inputs): contiguous float32."""
 
     input_norm: Tensor
     q: Tensor
@@ -33,23 +33,35 @@ class Layer(NamedTuple):
     gate: Tensor
     up: Tensor
     down: Tensor
-    keys: Tensor  # (rows, kv_heads, positions, D)
-    values: Tensor
-    window: int | None
+
+
+class LayerSettings(NamedTuple):
+    """Epsilons of the three kinds of norms, and what attention is called with."""
+
     eps: float
     head_eps: float
     inner_eps: float
     scale: float
-    cap: float | None
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Layer(NamedTuple):
+    """A layer, and its memory of earlier tokens."""
+
+    weights: LayerWeights
+    settings: LayerSettings
+    keys: Tensor  # (rows, kv_heads, positions, D)
+    values: Tensor
 
 
 class _Layer(ctypes.Structure):
-    """`DecoderLayer` of decoder.cpp: the fields of `Layer`, tensors as pointers."""
+    """`DecoderLayer` of decoder.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in Layer._fields[:17]),
+        *((name, ctypes.c_void_p) for name in (*LayerWeights._fields, "keys", "values")),
         ("window", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in Layer._fields[18:]),
+        *((name, ctypes.c_float) for name in ("eps", "head_eps", "inner_eps", "scale", "softcap")),
     )
 
 
@@ -81,10 +93,10 @@ class DecoderLayers:
             ValueError: a position outside [0, span).
         """
         first, library = self.layers[0], _library()
-        kv_heads, D = first.keys.shape[1], first.keys.shape[3]
+        (_, kv_heads, _, D), q, gate = first.keys.shape, first.weights.q, first.weights.gate
         x, cos, sin, positions = x.clone(), cos.contiguous(), sin.contiguous(), positions.contiguous()
         made = _Step(
-            *[*x.shape[:1], len(self.layers), x.shape[1], first.q.shape[0] // D, kv_heads, D, first.gate.shape[0]],
+            *[*x.shape[:1], len(self.layers), x.shape[1], q.shape[0] // D, kv_heads, D, gate.shape[0]],
             *[first.keys.stride(0), first.keys.stride(1), span, ctypes.addressof(self.table)],
             *[t.data_ptr() for t in (cos, sin, positions, x)],
             *[None, chosen_isa(), torch.get_num_threads()],
@@ -97,9 +109,10 @@ class DecoderLayers:
 
 
 def _pointers(layer: Layer) -> _Layer:
-    made = [x.data_ptr() if isinstance(x, Tensor) else None for x in layer[:17]]
-    window = EVERYTHING if layer.window is None else layer.window
-    return _Layer(*made, window, layer.eps, layer.head_eps, layer.inner_eps, layer.scale, layer.cap or 0.0)
+    s, tensors = layer.settings, (*layer.weights, layer.keys, layer.values)
+    window = EVERYTHING if s.window is None else s.window
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    return _Layer(*pointers, window, s.eps, s.head_eps, s.inner_eps, s.scale, s.softcap or 0.0)
 
 
 @cache
