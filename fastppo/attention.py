@@ -75,7 +75,7 @@ def plan(
 
     Args:
         device: where the tensors of the plan go.
-        recurring: on a CPU, whose kernels are made for a number of tokens, pad to one that others have too.
+        recurring: on a CPU, whose bfloat16 kernels are made for a number of tokens, pad to one that others have too.
         runs_on: type of the device that computes; default: of `device`.
     """
     sizes, runs_on, cu_seqlens = torch.tensor(lengths), runs_on or torch.device(device).type, cumulative(lengths)

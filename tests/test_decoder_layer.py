@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny
 from batches import trajectories
@@ -18,7 +19,14 @@ from fastppo_kernels.decoder_layer import decoder_layer
 from fastppo_kernels.native import LayerSettings, LayerWeights
 from fastppo_kernels.native import isa as isas
 from numerics import assert_as_accurate, guarded
-from test_layer_steps import another_layer, another_parameter, policy, scaled_branch
+from test_layer_steps import (
+    another_layer,
+    another_parameter,
+    another_product,
+    heard_backward,
+    policy,
+    scaled_branch,
+)
 
 H, D, HEADS, KV, INNER = 24, 6, 4, 2, 40
 SEQUENCES = (5, 1, 9)
@@ -122,6 +130,30 @@ def test_a_gradient_is_differentiated_once() -> None:
         torch.autograd.grad(z.sum(), x, create_graph=True)
 
 
+def test_zeros_prove_nothing() -> None:
+    """A layer that adds nothing yet may do anything later."""
+    model = tiny.policy()
+    model.base_model.layers[0].self_attn.o_proj.weight.data.zero_()  # pyright: ignore
+    model.base_model.layers[0].mlp.down_proj.weight.data.zero_()  # pyright: ignore
+    models.fuse_layers(model, LayersConfig(fused="native"))
+    assert [hasattr(x, "native_settings") for x in model.base_model.layers] == [False, True]  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", LayerWeights._fields)
+def test_a_shape_that_does_not_fit_is_named(name: str) -> None:
+    given, weights = problem(True, True)
+    bad = torch.cat([getattr(weights, name)] * 2, dim=-1)
+    with pytest.raises(ValueError, match=f"{name} must have shape|heads of an even width"):
+        ours(*given, weights._replace(**{name: bad}), SETTINGS)
+
+
+def test_norms_may_lie_anywhere() -> None:
+    given, weights = problem(False, True)
+    norms = ("input_norm", "q_norm", "k_norm", "inner_norm")
+    apart = {name: torch.stack([getattr(weights, name)] * 2, 1)[:, 0] for name in norms}
+    assert torch.equal(ours(*given, weights._replace(**apart), SETTINGS), ours(*given, weights, SETTINGS))
+
+
 def test_other_tensors_are_refused_by_name() -> None:
     (x, *angles), weights = problem(False, False)
     with pytest.raises(ValueError, match=r"x must be a float32 tensor on the CPU, got a Tensor of torch.float64"):
@@ -155,14 +187,24 @@ def assert_runs(model: Any, calls: list[int], whole: int) -> None:
     assert len(calls) == whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_decoder, "parts_of", lambda _: None)
-        for x, y in zip(made, hidden_and_gradients(model), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+        hidden, gradients = hidden_and_gradients(model)
+    assert torch.equal(made[0], hidden), "a ratio of 1 whoever looks"
+    torch.testing.assert_close(made[1], gradients, rtol=1e-4, atol=1e-5 * float(gradients.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llama with biases", "windows"])
 def test_layers_of_known_parts_run_whole(kind: str, calls: list[int]) -> None:
     model = policy(kind)
     assert calls, "each is tried"
+    assert_runs(model, calls, whole=2)
+
+
+def test_wide_layers_have_the_bits_of_their_parts(calls: list[int]) -> None:
+    """Sums of more than a block, with what they are added to."""
+    shape: Any = tiny._SHAPE | {"hidden_size": 160, "intermediate_size": 300}
+    config = LlamaConfig(**shape)
+    model = models.prepare_policy(AutoModelForCausalLM.from_config(config))
+    models.fuse_layers(model, LayersConfig(fused="native"))
     assert_runs(model, calls, whole=2)
 
 
@@ -182,8 +224,10 @@ def test_what_changes_afterwards_is_seen(calls: list[int]) -> None:
     assert len(heard) == 2
     handle.remove()
     assert_runs(model, calls, whole=2)
-    another_layer(model)
-    assert_runs(model, calls, whole=1)
+    for change in (another_layer, another_product, scaled_branch, heard_backward):
+        model = policy()
+        change(model)
+        assert_runs(model, calls, whole=1)
 
 
 def test_adapters_and_what_is_computed_again_go_through_the_modules(calls: list[int]) -> None:

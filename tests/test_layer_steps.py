@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, GraniteConfig, Qwen2Config, SmolLM3Config
 
 import tiny
 from batches import prompts
@@ -91,14 +91,24 @@ def test_nothing_of_them_is_held_between_calls() -> None:
 
 
 def scaled_branch(model: Any) -> None:
-    """The residual of another architecture, by the same parts."""
-    attention = model.base_model.layers[1].self_attn
+    """The residual of another architecture, by the same parts; later layers and steps read what it leaves."""
+    attention = model.base_model.layers[0].self_attn
     plain = attention.forward
     attention.forward = lambda *args, **kwargs: (plain(*args, **kwargs)[0] * 0.5, None)
 
 
 def watched(model: Any) -> None:
     model.base_model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def heard_backward(model: Any) -> None:
+    model.base_model.layers[1].self_attn.o_proj.register_full_backward_hook(lambda *_: None)
+
+
+def another_product(model: Any) -> None:
+    up = model.base_model.layers[0].mlp.up_proj
+    plain = up.forward
+    up.forward = lambda x: 0.5 * plain(x)
 
 
 def watched_layer(model: Any) -> None:
@@ -133,6 +143,49 @@ def test_other_architectures_run_as_they_are(kind: str, made_steps: list[Any]) -
     model = policy(kind, LayersConfig(fused="none"))
     assert_same(drawn(model), modules_alone(model))
     assert made_steps == [None]
+
+
+LOOK_ALIKE = {
+    "residuals that are scaled": GraniteConfig(**tiny._SHAPE, residual_multiplier=0.3, embedding_multiplier=4.0),
+    "a layer without positions": SmolLM3Config(**tiny._SHAPE, no_rope_layers=[1, 0]),
+}
+
+
+@pytest.mark.parametrize("config", LOOK_ALIKE.values(), ids=LOOK_ALIKE)
+def test_look_alikes_run_as_they_are(config: Any, made_steps: list[Any]) -> None:
+    torch.manual_seed(0)
+    model = models.prepare_policy(AutoModelForCausalLM.from_config(config))
+    models.fuse_layers(model, LayersConfig(fused="native"))
+    assert_same(drawn(model), modules_alone(model))
+    assert made_steps == [None]
+
+
+def test_a_first_step_that_differs_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of the modules, which later steps read."""
+    model = policy()
+    expected = modules_alone(model)
+    plain = native.DecoderLayers.__init__
+
+    def other(self: Any, layers: Any) -> None:
+        plain(self, [x._replace(weights=x.weights._replace(k=-x.weights.k)) for x in layers])
+
+    monkeypatch.setattr(native.DecoderLayers, "__init__", other)
+    assert_same(drawn(model), expected)
+
+
+def test_layers_of_several_shapes_are_refused() -> None:
+    weights = native.LayerWeights(*[None] * 15)._replace(q=torch.zeros(8, 8), gate=torch.zeros(4, 8))  # pyright: ignore
+    memory, settings = torch.zeros(3, 2, 6, 4), native.LayerSettings(1e-6, 0.0, 1e-6, 0.5)
+    one = native.Layer(weights, settings, memory, memory.clone())
+    for other in (
+        one._replace(weights=weights._replace(gate=torch.zeros(5, 8))),
+        one._replace(keys=torch.zeros(3, 1, 6, 4), values=torch.zeros(3, 1, 6, 4)),
+    ):
+        with pytest.raises(ValueError, match="must have one shape"):
+            native.DecoderLayers([one, other])
+    for bad in (memory.double(), memory.transpose(1, 2)):
+        with pytest.raises(ValueError, match="must have one shape|contiguous float32"):
+            native.DecoderLayers([one._replace(keys=bad)])
 
 
 def test_plain_layers_run_as_they_are(made_steps: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,3 +109,24 @@ def test_what_is_not_a_number_reaches_its_row_or_column_alone() -> None:
     a[3, 5], b[6, 7] = torch.nan, torch.inf
     made, plain = matmul(a, b).isfinite(), (a @ b).isfinite()
     assert torch.equal(made, plain) and made.sum() == 19 * 39
+
+
+@pytest.mark.parametrize(
+    ("b", "bias", "out"),
+    [
+        ((6, 3), None, None),
+        ((5, 3), torch.zeros(4), None),
+        ((5, 3), torch.zeros(3, dtype=torch.float64), None),
+        ((5, 3), None, torch.zeros(2, 4)),
+        ((5, 3), None, torch.zeros(3, 2).T),
+        ((5, 3), None, torch.zeros(2, 3, dtype=torch.bfloat16)),
+    ],
+)
+def test_what_does_not_fit_is_refused(b: tuple[int, int], bias: Tensor | None, out: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"no product of these: a, b, out and bias are \(2, 5\)"):
+        matmul(torch.zeros(2, 5), torch.zeros(b), bias, out=out)
+
+
+def test_a_view_whose_sign_is_elsewhere_has_its_sign() -> None:
+    x = torch.randn(4, 4, dtype=torch.complex64).conj().imag
+    assert x.is_neg() and torch.equal(matmul(x, torch.eye(4)), x)

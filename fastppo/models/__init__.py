@@ -17,8 +17,8 @@ from fastppo.models.facts import (
 from fastppo.models.files import has_tokenizer, load_tokenizer, read_config, save
 from fastppo.models.fused import fuse_layers, require_fused
 from fastppo.models.heads import LMHead, classify, hidden_states, is_decoder, lm_head, value_head, values
-from fastppo.models.layer_parts import LayerParts, layer_parts
 from fastppo.models.lora import adapt, bare, is_adapted, plain_weights, require_peft
+from fastppo.models.native_decoder import NativeLayer, native_layers_of
 from fastppo.models.outline import outline
 from fastppo.models.prepare import frozen, prepare, to_device
 from fastppo.models.roles import (
@@ -35,7 +35,7 @@ from fastppo.models.roles import (
 
 __all__ = [
     "LMHead",
-    "LayerParts",
+    "NativeLayer",
     "adapt",
     "bare",
     "classify",
@@ -52,7 +52,7 @@ __all__ = [
     "is_saved_adapter",
     "kv_bytes_per_token",
     "kv_shape",
-    "layer_parts",
+    "native_layers_of",
     "lm_head",
     "load_critic",
     "load_policy",

@@ -24,7 +24,8 @@ KEPT = frozenset(  # operators whose output costs far more to make than to keep
 def keep_activations(model: PreTrainedModel, config: LayersConfig) -> None:
     """Compute again in the backward pass what `config` does not keep, in every `checkpoint_every`-th layer.
 
-    The same operators on the same inputs: gradients are bit for bit those of keeping everything.
+    The same operators on the same inputs: gradients are bit for bit those of keeping everything, but where whole layers
+    run in C++ else (`native_decoder`), which add gradients up in another order.
     """
     if config.checkpointing == "none":
         return

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from fastppo.models.native_layers import epsilon, is_native_mlp, is_native_norm
+from fastppo.models.native_layers import epsilon, has_known_forward, is_native_mlp, is_native_norm
 from fastppo.models.prepare import Linear
 from fastppo_kernels.native import LayerSettings, LayerWeights
 
@@ -60,21 +59,11 @@ class LayerParts:
         return LayerSettings(epsilon(self.input_norm), head_eps, epsilon(self.inner_norm), scale, window, softcap)
 
 
-def layer_parts(model: PreTrainedModel) -> list[LayerParts] | None:
-    """The parts of every layer, in order; None where one is anything but these, or has hooks or adapters."""
-    found: list[LayerParts] = []
-    if _is_watched(model.base_model):
-        return None
-    for layer in getattr(model.base_model, "layers", None) or ():
-        parts = parts_of(layer)
-        if parts is None or has_others(parts, layer) or _is_watched(layer):
-            return None
-        found.append(parts)
-    return found or None
-
-
 def parts_of(layer: Any) -> LayerParts | None:
-    """Of one layer that was seen to have no others (`layer_parts`): they may have been replaced, or be watched."""
+    """The parts of a layer as they are now; None where one is of another kind, has been changed, or has hooks.
+
+    Whether they are all that the layer has, and what it does with them, is for others to find out.
+    """
     try:
         attention, mlp = layer.self_attn, layer.mlp
         norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
@@ -84,12 +73,14 @@ def parts_of(layer: Any) -> LayerParts | None:
         )  # fmt: skip
     except AttributeError:
         return None
-    watched = any(_is_watched(x) for x in (attention, mlp, *made.modules))
-    return made if is_native_mlp(mlp) and _are_known(made) and not watched else None
+    known = is_native_mlp(mlp) and has_known_forward(attention) and _are_known(made)
+    return made if known and not any(is_watched(x) for x in layer.modules()) else None
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook hears of its calls or gradients."""
+    own = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+    return any(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 def _are_known(parts: LayerParts) -> bool:
@@ -98,7 +89,7 @@ def _are_known(parts: LayerParts) -> bool:
     unbiased = (parts.gate, parts.up, parts.down)
     return (
         all(is_native_norm(x) for x in norms)
-        and all(type(x) is Linear for x in products)
+        and all(type(x) is Linear and "forward" not in vars(x) for x in products)
         and all(x.bias is None for x in unbiased)
     )
 

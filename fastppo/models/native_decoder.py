@@ -1,42 +1,71 @@
 """Whole decoder layers by fastppo's C++ kernels, where they are made of known parts alone."""
 
+import logging
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.attention import Packing, backend, plan
-from fastppo.models.layer_parts import has_others, parts_of
+from fastppo.models.facts import context_length
+from fastppo.models.layer_parts import LayerParts, has_others, is_watched, parts_of
 from fastppo_kernels import operators
-from fastppo_kernels.decoder_layer import decoder_layer
-from fastppo_kernels.native import LayerSettings
+from fastppo_kernels.decoder_layer import decoder_layer, queries_keys_values
+from fastppo_kernels.native import LayerSettings, LayerWeights
 
-LENGTHS = (3, 4)  # of the sequences that a layer is tried on
+LOG = logging.getLogger(__name__)
+LENGTHS = (3, 4)  # of the sequences that a layer is tried on: at the first positions, and at the last
 TOLERANCE = 1e-5  # relative to the largest number: another way through the parts is further off
+
+
+class NativeLayer(NamedTuple):
+    """A layer that runs whole."""
+
+    number: int
+    weights: LayerWeights
+    settings: LayerSettings
 
 
 class _Seen:
     """The `memory` of a forward that keeps nothing and notes how attention is called."""
 
     def __init__(self) -> None:
+        self.inputs: tuple[Tensor, ...] = ()
         self.settings: tuple[float, int | None, float | None] | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None,
         softcap: float | None,
     ) -> None:  # fmt: skip
-        self.settings = scaling or q.shape[-1] ** -0.5, window, softcap
+        self.inputs = q, k, v
+        self.settings = q.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap
 
 
 def use_native_decoder(model: PreTrainedModel) -> None:
     """Layers whose parts are replaced already; each is tried on numbers first, and left as it is if it does more."""
-    for layer in getattr(model.base_model, "layers", None) or ():
-        settings = None if "forward" in vars(layer) else _tried(model.base_model, layer)
+    layers: Any = getattr(model.base_model, "layers", None) or ()
+    for layer in layers:
+        settings = None if "forward" in vars(layer) else _tried(model, layer)
         if settings is not None:
             layer.native_settings = settings
             layer.forward = MethodType(_forward, layer)
+    whole = sum(hasattr(layer, "native_settings") for layer in layers)
+    LOG.info("%d of %d layers of %s run whole in C++", whole, len(layers), type(model).__name__)
+
+
+def native_layers_of(model: PreTrainedModel) -> list[NativeLayer] | None:
+    """All layers of a body, in order; None where one does not run whole now, or somebody watches it."""
+    body: Any = model.base_model
+    layers, found = getattr(body, "layers", None) or (), list[NativeLayer]()
+    for layer in layers:
+        parts = parts_of(layer) if hasattr(layer, "native_settings") else None
+        if parts is None or has_others(parts, layer):
+            return None
+        found.append(NativeLayer(parts.index, parts.weights, layer.native_settings))
+    alone = not is_watched(body) and backend(model.device, model.dtype, None) == "native"
+    return found if found and alone else None
 
 
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -59,22 +88,44 @@ def _is_alone(layer: Any, x: Tensor, given: dict[str, Any]) -> bool:
     return plain and not (recomputes or others or operators.looked_at(x))
 
 
-@torch.no_grad()
-def _tried(body: Any, layer: nn.Module) -> LayerSettings | None:
+def _tried(model: PreTrainedModel, layer: nn.Module) -> LayerSettings | None:
     """What its attention is called with; None where it is not what `decoder_layer` computes."""
-    parts, seen, own = parts_of(layer), _Seen(), type(layer).forward
+    parts = parts_of(layer)
     if parts is None or has_others(parts, layer):
         return None
-    x = torch.randn(1, sum(LENGTHS), parts.q.in_features, generator=torch.Generator().manual_seed(0))
-    positions, packing = torch.cat([torch.arange(n) for n in LENGTHS])[None], plan(LENGTHS)
     try:
-        cos, sin = angles = body.rotary_emb(x, positions)
-        expected = own(layer, x, attention_mask=None, position_embeddings=angles, packing=packing, memory=seen)
-        if seen.settings is None or seen.settings[2] is not None:  # soft-capped
-            return None
-        settings = parts.settings(*seen.settings)
-        found = decoder_layer(x[0], cos[0], sin[0], packing.cu_seqlens, parts.weights, settings)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None  # its positions are of another kind
-    near = (found - expected[0]).abs().max() <= TOLERANCE * expected.abs().max()
-    return settings if bool(near) and found.shape == expected[0].shape else None
+        return _compared(model, layer, parts)
+    except (AttributeError, TypeError, ValueError) as error:  # it takes or gives something else
+        LOG.info("a layer of %s runs by its modules: %s", type(model).__name__, error)
+        return None
+
+
+@torch.no_grad()
+def _compared(model: PreTrainedModel, layer: nn.Module, parts: LayerParts) -> LayerSettings | None:
+    """The queries, keys and values, and what the layer adds to its input."""
+    seen, body, end = _Seen(), model.base_model, context_length(model)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, sum(LENGTHS), parts.q.in_features, generator=generator, dtype=torch.float32, device="cpu")
+    first, last = (torch.arange(n, device="cpu") for n in LENGTHS)
+    positions, packing = torch.cat([first, last + max(0, end - len(last))])[None], plan(LENGTHS, "cpu")
+    cos, sin = angles = body.rotary_emb(x, positions)  # pyright: ignore[reportCallIssue]
+    z = type(layer).forward(
+        layer, x, attention_mask=None, position_ids=positions, position_embeddings=angles, packing=packing, memory=seen
+    )
+    if seen.settings is None or seen.settings[2] is not None:  # soft-capped
+        return None
+    given = x[0], cos[0], sin[0], packing.cu_seqlens, parts.weights
+    settings = parts.settings(*seen.settings)
+    pairs = [*zip(queries_keys_values(*given, settings), seen.inputs, strict=True)]
+    pairs.append((decoder_layer(*given, settings) - x[0], z[0] - x[0]))
+    return settings if all(_near(found, expected) for found, expected in pairs) else None
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Zeros prove nothing."""
+    largest = expected.abs().max()
+    return (
+        found.shape == expected.shape
+        and bool(largest > 0)
+        and bool((found - expected).abs().max() <= TOLERANCE * largest)
+    )

@@ -43,7 +43,9 @@ def use_native(model: PreTrainedModel, with_names: Callable[..., Any]) -> None:
             and getattr(forward, "__globals__", None) is names
             and ROTARY in forward.__code__.co_names
         ):
-            module.forward = MethodType(with_names(forward, {ROTARY: rotary}), module)
+            rotating: Any = with_names(forward, {ROTARY: rotary})
+            rotating.rotates_natively = True
+            module.forward = MethodType(rotating, module)
             count += 1
     require(
         count > 0,
@@ -85,6 +87,12 @@ def is_native_norm(module: nn.Module) -> bool:
 
 def is_native_mlp(module: nn.Module) -> bool:
     return getattr(module.forward, "__func__", None) is _mlp
+
+
+def has_known_forward(attention: nn.Module) -> bool:
+    """Whether it is its class's, or that with other rotary positions."""
+    own: Any = vars(attention).get("forward")
+    return own is None or hasattr(getattr(own, "__func__", None), "rotates_natively")
 
 
 def epsilon(norm: Any) -> float:

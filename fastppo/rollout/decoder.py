@@ -16,7 +16,7 @@ from fastppo.batch import FinishReason, Prompts, Sampling
 from fastppo.protocols import OnFinish
 from fastppo.rollout.graphs import Steps, bucket
 from fastppo.rollout.kv import Decode, KVRows, Prefill
-from fastppo.rollout.layer_steps import LayerSteps, layer_steps
+from fastppo.rollout.layer_steps import LayerSteps, agree, layer_steps
 from fastppo.rollout.seeds import request_seeds
 from fastppo_kernels import linear, sample
 
@@ -173,11 +173,14 @@ class Decoder:
         return self._draw(self._logits(hidden), rows, sampling)
 
     def _hidden(self, ids: Tensor, step: Decode) -> Tensor:
-        if self.layer_steps is not None:
+        """Of the tokens. The modules make the first step of a call too, and last: theirs are its keys and values."""
+        if self.layer_steps is not None and not self.first_step:
             return self.layer_steps(ids, step)
+        tried, self.first_step = layer_steps(self.policy, step) if self.first_step else None, False
+        found = None if tried is None else tried(ids, step)
         hidden = self._forward(ids, step.positions, step, None)
-        if self.first_step:
-            self.first_step, self.layer_steps = False, layer_steps(self.policy, ids, step, hidden)
+        if found is not None and agree(found, hidden):
+            self.layer_steps = tried
         return hidden
 
     def _forward(self, ids: Tensor, positions: Tensor, memory: Any, packing: Any) -> Tensor:

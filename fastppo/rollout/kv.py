@@ -5,7 +5,6 @@ row outlives the call of `generate` that made it: after an update there is no st
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,14 +70,6 @@ class Prefill:
         return None
 
 
-class AttentionSettings(NamedTuple):
-    """What a layer's attention is called with."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
 @dataclass(frozen=True)
 class Decode:
     """A forward pass over one token of each of the first n rows."""
@@ -86,14 +77,12 @@ class Decode:
     kv: KVRows
     positions: Tensor  # (n,) int64
     span: int  # positions that are read, more than any of them
-    seen: dict[int, AttentionSettings] = field(default_factory=dict)  # by layer
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None,
         softcap: float | None,
     ) -> Tensor | None:  # fmt: skip
         """(n, heads, D) from q (n, heads, D) and k, v (n, kv_heads, D)."""
-        self.seen[layer] = AttentionSettings(scaling or q.shape[-1] ** -0.5, window, softcap)
         keys, values = self.kv.memory(layer, k, v)
         return decode_attention(
             q, k, v, keys, values, self.positions, scale=scaling, window=window, softcap=softcap, span=self.span

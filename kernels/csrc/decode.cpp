@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "ops.h"
 #include "threads.h"
 
 extern "C" {

@@ -1,21 +1,9 @@
 // One new token per sequence through the layers of a decoder: norm, attention, norm, gated activation, each added to what
 // goes through them. The parts are the ops of the other files; in one call, since for few tokens calls are what takes time.
 
-#include <cstdint>
+#include "ops.h"
 
 extern "C" {
-
-void fastppo_rms_norm(int64_t, int64_t, const float*, const float*, float, float*, float*, int, int);
-void fastppo_gated(int64_t, const float*, const float*, float*, int, int);
-void fastppo_rotate(
-    int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*, const float*, int, float*, int, int);
-void fastppo_matmul(
-    int64_t, int64_t, int64_t, int, const void*, int64_t, int64_t, int, const void*, int64_t, int64_t, const float*, int,
-    float*, int64_t, int, int);
-int64_t fastppo_decode_scratch(int64_t, int64_t, int64_t);
-int fastppo_decode_attention(
-    int64_t, int64_t, int64_t, int64_t, int, const void*, const void*, const void*, void*, void*, int64_t, int64_t,
-    const int64_t*, int64_t, int64_t, float, float, float*, void*, int, int);
 
 struct DecoderLayer {  // float32, contiguous; weights (outputs, inputs), biases and norms of heads may be null
     const float *input_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;

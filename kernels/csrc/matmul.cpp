@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "ops.h"
 #include "threads.h"
 
 namespace {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo_kernels import native
+from fastppo_kernels.checks import check_shape
 from fastppo_kernels.native import LayerSettings, LayerWeights
 from fastppo_kernels.operators.scale import differentiated_once
 from fastppo_kernels.settings import PackedSettings
@@ -29,21 +30,47 @@ def decoder_layer(
         (N, H), differentiable in x and the weights.
 
     Raises:
-        ValueError: a tensor is not plain float32 on the CPU.
+        ValueError: a tensor is not float32 on the CPU, or a shape does not fit.
     """
-    for name, t in {"x": x, "cos": cos, "sin": sin, **weights._asdict()}.items():
-        if t is not None and (t.dtype != torch.float32 or not t.is_cpu or type(t) not in (Tensor, torch.nn.Parameter)):
-            raise ValueError(f"{name} must be a float32 tensor on the CPU, got a {type(t).__name__} of {t.dtype}")
+    weights = _checked(x, cos, sin, cu_seqlens, weights)
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     if torch.is_grad_enabled():
         return _DecoderLayer.apply(x, cos, sin, cu_seqlens, settings, *weights)  # pyright: ignore[reportReturnType]
-    return _forward(x, cos, sin, cu_seqlens, settings, weights)[0]
+    y = _attention(x, cos, sin, cu_seqlens, settings, weights)[0]
+    return _activation(y, settings, weights)[0]
 
 
-def _forward(
+def _checked(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, w: LayerWeights) -> LayerWeights:
+    """The weights, those of norms contiguous."""
+    for name, t in {"x": x, "cos": cos, "sin": sin, **w._asdict()}.items():
+        if t is not None and (t.dtype != torch.float32 or not t.is_cpu or type(t) not in (Tensor, torch.nn.Parameter)):
+            raise ValueError(f"{name} must be a float32 tensor on the CPU, got a {type(t).__name__} of {t.dtype}")
+    (N, H), D, wide, narrow, inner = x.shape, cos.shape[-1], len(w.q), len(w.k), len(w.gate)
+    if D % 2 or wide % D or narrow % D or not narrow or (wide // D) % (narrow // D) or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            "heads of an even width D in whole groups and int32 cu_seqlens are needed, got D = "
+            f"{D}, {wide} columns of queries, {narrow} of keys, {cu_seqlens.dtype}"
+        )
+    check_shape((N, D), "(N, D)", cos=cos, sin=sin)
+    check_shape((H,), "(H,)", input_norm=w.input_norm, inner_norm=w.inner_norm)
+    check_shape((wide, H), "(heads * D, H)", q=w.q)
+    check_shape((narrow, H), "(kv_heads * D, H)", k=w.k, v=w.v)
+    check_shape((H, wide), "(H, heads * D)", o=w.o)
+    check_shape((inner, H), "(I, H)", gate=w.gate, up=w.up)
+    check_shape((H, inner), "(H, I)", down=w.down)
+    lengths = {"q_norm": D, "k_norm": D, "q_bias": wide, "k_bias": narrow, "v_bias": narrow, "o_bias": H}
+    for name, length in lengths.items():
+        if (vector := getattr(w, name)) is not None:
+            check_shape((length,), f"({length},)", **{name: vector})
+    norms = ("input_norm", "q_norm", "k_norm", "inner_norm")
+    there = {name: getattr(w, name) for name in norms if getattr(w, name) is not None}
+    return w._replace(**{name: x.contiguous() for name, x in there.items()})
+
+
+def _attention(
     x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, s: LayerSettings, w: LayerWeights
 ) -> tuple[Tensor, ...]:
-    """z, and what its gradients need."""
+    """y, and what its gradients need."""
     D, matmul = cos.shape[1], native.matmul
     normed, rates = native.rms_norm(x, w.input_norm, s.eps)
     plain_q, plain_k, v = (
@@ -55,14 +82,25 @@ def _forward(
     )
     q, k = (native.rotate(heads, cos, sin, back=False) for heads in (q, k))
     mixed, origins = native.packed_attention(q, k, v, cu_seqlens, PackedSettings(scale=s.scale, window=s.window))
-    y = matmul(mixed.flatten(1), w.o.T, w.o_bias, out=x.clone(), accumulate=True)
-    inner, inner_rates = native.rms_norm(y, w.inner_norm, s.inner_eps)
-    gate, up = matmul(inner, w.gate.T), matmul(inner, w.up.T)
-    made = native.gated(gate, up)
-    z = matmul(made, w.down.T, out=y.clone(), accumulate=True)
+    y = matmul(mixed.flatten(1), w.o.T, w.o_bias).add_(x)
     plain = (x[:0], x[:0]) if w.q_norm is None else (plain_q, plain_k)  # nothing else needs them
-    kept = (normed, rates, *plain, q_rates, k_rates, q, k, v, mixed, origins, y, inner, inner_rates, gate, up, made)
-    return z, *kept
+    return y, normed, rates, *plain, q_rates, k_rates, q, k, v, mixed, origins
+
+
+def _activation(y: Tensor, s: LayerSettings, w: LayerWeights) -> tuple[Tensor, ...]:
+    """z, and what its gradients need."""
+    inner, rates = native.rms_norm(y, w.inner_norm, s.inner_eps)
+    gate, up = native.matmul(inner, w.gate.T), native.matmul(inner, w.up.T)
+    made = native.gated(gate, up)
+    return native.matmul(made, w.down.T).add_(y), inner, rates, gate, up, made
+
+
+def queries_keys_values(
+    x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, weights: LayerWeights, settings: LayerSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention is called with in `decoder_layer`: (N, heads, D) each."""
+    weights = _checked(x, cos, sin, cu_seqlens, weights)
+    return _attention(x, cos, sin, cu_seqlens, settings, weights)[7:10]  # pyright: ignore[reportReturnType]
 
 
 def _head_norm(heads: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,9 +116,10 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, settings: LayerSettings, *weights: Any
     ) -> Tensor:
-        z, *kept = _forward(x, cos, sin, cu_seqlens, settings, LayerWeights(*weights))
+        y, *kept = _attention(x, cos, sin, cu_seqlens, settings, LayerWeights(*weights))
+        z, *rest = _activation(y, settings, LayerWeights(*weights))
         ctx.settings = settings
-        ctx.save_for_backward(x, cos, sin, cu_seqlens, *kept, *weights)
+        ctx.save_for_backward(x, cos, sin, cu_seqlens, *kept, y, *rest, *weights)
         return z
 
     @staticmethod

@@ -5,7 +5,7 @@
 A row's bits depend on that row and the weight alone: not on how many rows there are, nor on the number of threads. So a
 sequence is scored alike in every micro-batch. And of PyTorch's two libraries each is slow at some of these: MKL, behind
 `torch.mm`, uses half of the vector units of some AMD processors, and oneDNN, behind `torch.compile`'s linear layers,
-takes 25 us to begin and transposes for dW (docs/benchmarks.md has the figures).
+takes 25 us to begin and transposes for dW.
 """
 
 import os

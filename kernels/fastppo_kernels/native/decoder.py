@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo_kernels.checks import check_shape
 from fastppo_kernels.native.isa import chosen_isa
 from fastppo_kernels.native.library import load
 
@@ -77,11 +78,19 @@ class _Step(ctypes.Structure):
 
 
 class DecoderLayers:
-    """Layers that stay where they are in memory."""
+    """Layers of one shape that stay where they are in memory.
+
+    Raises:
+        ValueError: a tensor is not contiguous float32 on the CPU, or layers differ in shape.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = tuple(layers)  # holds the tensors
-        self.table = (_Layer * len(layers))(*(_pointers(layer) for layer in layers))
+        self.layers = [_held(layer) for layer in layers]
+        shapes = {tuple(None if x is None else (*x.shape, *x.stride()) for x in _tensors(layer)) for layer in layers}
+        keys, values = self.layers[0].keys, self.layers[0].values
+        if len(shapes) > 1 or (keys.shape, keys.stride()) != (values.shape, values.stride()):
+            raise ValueError("layers, and their keys and values, must have one shape and one layout")
+        self.table = (_Layer * len(layers))(*(_pointers(layer) for layer in self.layers))
 
     def step(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, span: int) -> Tensor:
         """(n, H) of x (n, H), one new token of each of the first n rows of memory, which keeps its keys and values.
@@ -90,13 +99,19 @@ class DecoderLayers:
             cos, sin: (n, D) rotary angles. positions: (n,) int64, each less than `span`.
 
         Raises:
-            ValueError: a position outside [0, span).
+            ValueError: a shape or a dtype does not fit, or a position lies outside [0, span).
         """
-        first, library = self.layers[0], _library()
-        (_, kv_heads, _, D), q, gate = first.keys.shape, first.weights.q, first.weights.gate
+        first, library, n = self.layers[0], _library(), len(x)
+        (rows, kv_heads, length, D), q, gate = first.keys.shape, first.weights.q, first.weights.gate
+        check_shape((n, q.shape[1]), "(n, H)", x=x)
+        check_shape((n, D), "(n, D)", cos=cos, sin=sin)
+        check_shape((n,), "(n,)", positions=positions)
+        dtypes = [x.dtype, cos.dtype, sin.dtype, positions.dtype]
+        if dtypes != [torch.float32] * 3 + [torch.int64] or n > rows or not 0 < span <= length:
+            raise ValueError(f"{n} tokens of {dtypes} and span {span} do not fit {rows} rows of {length} positions")
         x, cos, sin, positions = x.clone(), cos.contiguous(), sin.contiguous(), positions.contiguous()
         made = _Step(
-            *[*x.shape[:1], len(self.layers), x.shape[1], q.shape[0] // D, kv_heads, D, gate.shape[0]],
+            *[n, len(self.layers), x.shape[1], q.shape[0] // D, kv_heads, D, gate.shape[0]],
             *[first.keys.stride(0), first.keys.stride(1), span, ctypes.addressof(self.table)],
             *[t.data_ptr() for t in (cos, sin, positions, x)],
             *[None, chosen_isa(), torch.get_num_threads()],
@@ -108,10 +123,23 @@ class DecoderLayers:
         return x
 
 
+def _tensors(layer: Layer) -> tuple[Tensor | None, ...]:
+    return *layer.weights, layer.keys, layer.values
+
+
+def _held(layer: Layer) -> Layer:
+    """The same memory, whatever becomes of the parameters."""
+    for x in _tensors(layer):
+        if x is not None and not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()):
+            raise ValueError(f"a layer must be contiguous float32 on the CPU, got {x.dtype} on {x.device}")
+    weights = LayerWeights(*(None if x is None else x.detach() for x in layer.weights))  # pyright: ignore
+    return layer._replace(weights=weights)
+
+
 def _pointers(layer: Layer) -> _Layer:
-    s, tensors = layer.settings, (*layer.weights, layer.keys, layer.values)
+    s = layer.settings
     window = EVERYTHING if s.window is None else s.window
-    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    pointers = [None if x is None else x.data_ptr() for x in _tensors(layer)]
     return _Layer(*pointers, window, s.eps, s.head_eps, s.inner_eps, s.scale, s.softcap or 0.0)
 
 

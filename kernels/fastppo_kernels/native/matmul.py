@@ -21,11 +21,18 @@ def matmul(
     Args:
         a: (M, K), b: (K, N), float32 or bfloat16, rows and columns any distance apart. bias: (N,) float32.
         out: (M, N) float32, the columns of a row side by side; it shares no memory with a and b.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit together.
     """
     (M, K), N = a.shape, b.shape[1]
-    bias = None if bias is None else bias.contiguous()
+    a, b, bias = a.resolve_neg(), b.resolve_neg(), None if bias is None else bias.contiguous()
     if out is None:
         out = a.new_empty(M, N, dtype=torch.float32)
+    fits = b.shape[0] == K and out.shape == (M, N) and (N < 2 or out.stride(1) == 1) and out.dtype is torch.float32
+    if not fits or not (bias is None or (bias.shape == (N,) and bias.dtype is torch.float32)):
+        shapes = [f"{tuple(x.shape)} {x.dtype}" for x in (a, b, out, *(() if bias is None else (bias,)))]
+        raise ValueError(f"no product of these: a, b, out and bias are {', '.join(shapes)}")
     _library().fastppo_matmul(
         *[M, N, K, _DTYPES[a.dtype], a.data_ptr(), *a.stride(), _DTYPES[b.dtype], b.data_ptr(), *b.stride()],
         *[None if bias is None else bias.data_ptr(), accumulate, out.data_ptr(), out.stride(0)],
