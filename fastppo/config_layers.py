@@ -19,8 +19,8 @@ class LayersConfig:
     """The inputs of layers that are computed again wait in pinned host memory; for a GPU."""
     fused: Literal["none", "native", "liger", "compile"] = "none"
     """Kernels of norms, rotary positions and activation functions, of the reference too: PyTorch's own, fastppo's in
-    C++ (float32, on a CPU; sampling takes a step through all layers in one call), Liger's (liger-kernel, on a GPU), or
-    those that torch.compile makes of each layer."""
+    C++ (float32, on a CPU; whole layers, and sampling's steps through all of them, where their parts are known),
+    Liger's (liger-kernel, on a GPU), or those that torch.compile makes of each layer."""
 
     def __post_init__(self) -> None:
         require_positive("layers", self, "checkpoint_every")

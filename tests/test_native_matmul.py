@@ -75,12 +75,14 @@ def test_the_bits_of_an_element_depend_on_its_row_and_its_column_alone(K: int, t
 def test_every_instruction_set_with_a_fused_multiply_add_gives_the_same_bits(
     isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isa == "portable":
+    fused = [name for name in isas.available_isas() if name != "portable"]  # which has none on x86-64
+    if isa not in fused:
         pytest.skip("has none on x86-64")
     a, b = torch.randn(50, 300), torch.randn(300, 90)
     made = matmul(a, b)
-    monkeypatch.delenv(isas.ISA_VARIABLE)
-    assert torch.equal(made, matmul(a, b))
+    for other in fused:
+        monkeypatch.setenv(isas.ISA_VARIABLE, other)
+        assert torch.equal(made, matmul(a, b)), other
 
 
 @pytest.mark.parametrize("N", [3, 32, 70])

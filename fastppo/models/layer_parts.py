@@ -12,7 +12,7 @@ from fastppo_kernels.native import LayerSettings, LayerWeights
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Of a layer with C++ norms and gated activation; no parameter of it is left out."""
+    """Of a layer with C++ norms and gated activation; whether they are all, `has_others` says."""
 
     index: int
     input_norm: Any

@@ -174,7 +174,7 @@ class Decoder:
 
     def _hidden(self, ids: Tensor, step: Decode) -> Tensor:
         """Of the tokens. The modules make the first step of a call too, and last: theirs are its keys and values."""
-        if self.layer_steps is not None and not self.first_step:
+        if self.layer_steps is not None:
             return self.layer_steps(ids, step)
         tried, self.first_step = layer_steps(self.policy, step) if self.first_step else None, False
         found = None if tried is None else tried(ids, step)

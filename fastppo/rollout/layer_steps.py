@@ -1,4 +1,4 @@
-"""Decode steps on a CPU as one call into C++: of a small model's step, modules and calls take half the time.
+"""Decode steps on a CPU as one call into C++: a small model's step is mostly modules and calls.
 
 Only where every layer runs whole in C++ already (`layers.fused = "native"`, `models.native_decoder`). Every call of
 `generate` compares the first step with what the modules make.

@@ -17,8 +17,6 @@ constexpr int64_t kTile = 32;  // keys that stay in the first cache while every 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
 
-FASTPPO_INLINE int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
-
 template <typename T>
 FASTPPO_INLINE Pair load_tail(const T* p, int64_t count) {  // 0 past the end
     T elements[kPair] = {};

@@ -19,16 +19,6 @@ constexpr int64_t kStride = 8;  // of the recurrence of GAE
 constexpr int64_t kMomentsLanes = 32;
 constexpr float kInfinity = __builtin_inff();
 
-FASTPPO_INLINE int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
-
-FASTPPO_INLINE float to_float(float x) { return x; }
-FASTPPO_INLINE float to_float(BFloat16 x) {
-    const uint32_t bits = uint32_t{x.bits} << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
 // lanes[0] + lanes[1] + ..., pairwise; overwrites the lanes. Widths are constants, so that every level is a vector.
 template <int64_t kWidth, typename T>
 FASTPPO_INLINE T sum_of(T* lanes) {

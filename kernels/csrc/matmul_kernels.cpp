@@ -20,8 +20,6 @@ constexpr int kRows = kLanes == 8 ? 6 : 8;       // with kVectors sums each, in 
 constexpr int64_t kDepth = 128;
 constexpr int64_t kLine = 64 / sizeof(float);
 
-FASTPPO_INLINE int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
-
 // c (kCount, columns) = a b, for a with columns side by side and a packed strip b.
 template <int kCount>
 void strip(
@@ -63,14 +61,6 @@ template <int... kCounts>
 Strip strip_of(int64_t rows, std::integer_sequence<int, kCounts...>) {
     static constexpr Strip kStrips[] = {strip<kCounts + 1>...};
     return kStrips[rows - 1];
-}
-
-FASTPPO_INLINE float number(float x) { return x; }
-FASTPPO_INLINE float number(BFloat16 x) {
-    const uint32_t bits = uint32_t{x.bits} << 16;
-    float made;
-    std::memcpy(&made, &bits, sizeof made);
-    return made;
 }
 
 // out (kSide, kSide) = x turned: out[i, j] = x[j, i]
@@ -118,7 +108,7 @@ void turn(const float* x, int64_t x_row, float* out, int64_t out_row) {
 FASTPPO_INLINE void turn(const BFloat16* x, int64_t x_row, float* out, int64_t out_row) {
     float square[kSide * kSide];
     for (int j = 0; j < kSide; ++j)
-        for (int i = 0; i < kSide; ++i) square[j * kSide + i] = number(x[j * x_row + i]);
+        for (int i = 0; i < kSide; ++i) square[j * kSide + i] = to_float(x[j * x_row + i]);
     turn(square, kSide, out, out_row);
 }
 
@@ -128,7 +118,7 @@ FASTPPO_INLINE void copy_line(const float* x, int64_t columns, float* out) {
     for (; j < columns; ++j) out[j] = x[j];
 }
 FASTPPO_INLINE void copy_line(const BFloat16* x, int64_t columns, float* out) {
-    for (int64_t j = 0; j < columns; ++j) out[j] = number(x[j]);
+    for (int64_t j = 0; j < columns; ++j) out[j] = to_float(x[j]);
 }
 
 // out (rows, columns) = x, in float32.
@@ -142,7 +132,7 @@ void pack(const T* x, int64_t row, int64_t column, int64_t rows, int64_t columns
     for (int64_t i = 0; i < turned_rows; i += kSide)
         for (int64_t j = 0; j < turned; j += kSide) turn(x + i + j * column, column, out + i * out_row + j, out_row);
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = i < turned_rows ? turned : 0; j < columns; ++j) out[i * out_row + j] = number(x[i * row + j * column]);
+        for (int64_t j = i < turned_rows ? turned : 0; j < columns; ++j) out[i * out_row + j] = to_float(x[i * row + j * column]);
 }
 
 void pack_from(Operand x, int64_t i, int64_t j, int64_t rows, int64_t columns, float* out, int64_t out_row) {

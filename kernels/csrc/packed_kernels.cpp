@@ -17,7 +17,6 @@ constexpr int64_t kPanel = 2 * kLanes;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
 
-FASTPPO_INLINE int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 FASTPPO_INLINE int64_t most(int64_t a, int64_t b) { return b > a ? b : a; }
 FASTPPO_INLINE int64_t up(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 

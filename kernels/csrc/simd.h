@@ -21,6 +21,16 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+FASTPPO_INLINE float to_float(float x) { return x; }
+FASTPPO_INLINE float to_float(BFloat16 x) {
+    const uint32_t bits = uint32_t{x.bits} << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+FASTPPO_INLINE int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
+
 // max and min return their second argument where either is NaN.
 
 #if defined(__AVX512F__)

@@ -2,8 +2,8 @@
 
     y = x + O attention(rotated Q n(x), rotated K n(x), V n(x))      z = y + D (silu(G n'(y)) * U n'(y))
 
-for RMS norms n and n'. The parts are `native`'s. Between them stand neither modules nor autograd's nodes, which take a
-fifth of the time of a small model's update, and sums are made where they stay.
+for RMS norms n and n'. The parts are `native`'s. Between them stand neither modules nor autograd's nodes, and gradients
+are added up where they stay.
 """
 
 from typing import Any
