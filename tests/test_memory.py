@@ -114,6 +114,16 @@ def test_views_are_counted_once_and_a_dry_run_has_no_memory() -> None:
     assert ledger.live.total() == 2 << 40 and len(views) == 3
 
 
+def test_a_dry_run_adds_gradients_where_autograd_does() -> None:
+    """Of a matrix that is used twice: two gradients and no third."""
+    with dry_run() as ledger:
+        w = torch.zeros(1000, 1000, requires_grad=True)
+        loss = (w[:10] @ w).sum()
+        with ledger.labelled("backward"):
+            loss.backward()
+    assert ledger.live["backward"] == 4_000_000 and 8_000_000 <= ledger.peak["backward"] < 9_000_000
+
+
 def test_a_plan_needs_config_json_alone_and_no_memory(tmp_path: Path) -> None:
     """Its weights are more than this machine is likely to have."""
     plan = plan_of(wide(tmp_path))
