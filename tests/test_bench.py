@@ -43,7 +43,7 @@ def measured(draw: random.Random, *, slower: float = 1.0, machine: float = 1.0, 
 def record(op: str, times: list[float], ticks: list[float] | None = None, variant: str = "fastppo") -> Record:
     here = {"device": "cpu", "threads": 1, "commit": "abc", "versions": {}, "copy_gb_per_s": 10.0, "by_threads": {}}
     head = {"suite": "kernels", "op": op, "setting": {"R": 4}, "variant": variant, "machine": here}
-    return head | {"rounds_ms": times, "yardstick_ms": ticks or [], "median_ms": sorted(times)[len(times) // 2]}
+    return head | {"rounds_ms": times, records.YARDSTICK: ticks or [], "median_ms": sorted(times)[len(times) // 2]}
 
 
 def written(path: Path, lines: list[Record]) -> Path:
@@ -84,7 +84,7 @@ def test_a_machine_that_changed_its_speed_is_no_regression(factor: float, tmp_pa
 def test_a_yardstick_that_changed_its_speed_is_no_change(factor: float, seed: int, tmp_path: Path, capsys):
     draw = random.Random(seed)
     old, new = measured(draw, rounds=25), measured(draw, rounds=25)
-    new = [line | {"yardstick_ms": [factor * x for x in line["yardstick_ms"]]} for line in new]
+    new = [line | {records.YARDSTICK: [factor * x for x in line[records.YARDSTICK]]} for line in new]
     old, new = written(tmp_path / "old", old), written(tmp_path / "new", new)
     assert bench(["compare", str(old), str(new)]) == 0 and "0 moved" in capsys.readouterr().out
 
@@ -233,7 +233,7 @@ def test_a_record_says_what_it_belongs_to(tmp_path: Path):
     here = kept["machine"]
     assert here["seed"] == 7 and here["versions"]["torch"] == torch.__version__ and here["commit"]
     assert here["by_threads"]["1"]["copy_gb_per_s"] > 0 and here["matmul_bfloat16_gflop_per_s"] > 0
-    assert len(line["rounds_ms"]) == len(line["yardstick_ms"]) >= harness.LEAST_ROUNDS
+    assert len(line["rounds_ms"]) == len(line[records.YARDSTICK]) >= harness.LEAST_ROUNDS
     assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"]
 
 

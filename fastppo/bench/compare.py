@@ -87,7 +87,7 @@ def times_of(lines: Iterable[Record]) -> dict[Key, Times]:
     """By what was measured; a file that holds a measurement several times has the rounds of all."""
     found: dict[Key, Times] = {}
     for line in (line for line in lines if line.get("rounds_ms")):
-        found.setdefault(key_of(line), Times()).add(line["rounds_ms"], line.get("yardstick_ms", []))
+        found.setdefault(key_of(line), Times()).add(line["rounds_ms"], line.get(records.YARDSTICK, []))
     return found
 
 

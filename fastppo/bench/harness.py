@@ -127,7 +127,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
                 "peak_extra_mb": memory[name] / 2**20,
             }
         )
-        | {"yardstick_ms": [records.short(1e3 * x) for x in times[YARDSTICK].wall]}
+        | {records.YARDSTICK: [records.short(1e3 * x) for x in times[YARDSTICK].wall]}
         | _graph(v, options.device)
         for name, v in variants.items()
     ]

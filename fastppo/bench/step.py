@@ -209,7 +209,7 @@ def phase_records(
         yield head(setting, op) | {
             **records.numbers(seconds, parts[op], device),
             "peak_mb": records.short(max(peaks.values()) / 2**20 if op == "iteration" else peaks[op] / 2**20),
-            "yardstick_ms": [records.short(1e3 * x) for x in ticks],
+            records.YARDSTICK: [records.short(1e3 * x) for x in ticks],
         }
 
 
