@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.only or (JUDGED if options.what == "verdict" else [case.name for case in ALL])
-    cases = [case for case in ALL if case.name in names]
+    cases = [case for case in ALL if case.name in names and (options.device == "cpu" or case.fused != "native")]
     made = {"plan": plan_rows, "verdict": verdict_rows, "ablation": ablation_rows}
     rows = []
     for row in made[options.what](cases, options.device):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -423,3 +426,11 @@ def test_a_peer_that_cannot_run_is_said_before_anything_is_timed(
     monkeypatch.setattr(end_to_end.sys, "executable", str(without))
     assert end_to_end.absent(None) == {end_to_end.TRL: "ModuleNotFoundError: No module named 'trl'"}
     assert "only fastppo is timed" in capsys.readouterr().out
+
+
+def test_rates_are_measured_on_a_cpu_without_avx512() -> None:
+    """oneDNN has products of bfloat16 for some CPUs alone."""
+    code = "import torch; from fastppo.bench.machine import matmul_rate as r; print(r('cpu', torch.bfloat16) > 0)"
+    older = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=older, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

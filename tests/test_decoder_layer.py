@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import tiny
 from batches import trajectories
 from fastppo import LayersConfig, MemoryConfig, models
+from fastppo.attention import plan
 from fastppo.microbatch import gather
 from fastppo.models import native_decoder
 from fastppo_kernels.decoder_layer import decoder_layer
-from fastppo_kernels.native import LayerSettings, LayerWeights
+from fastppo_kernels.native import DecoderLayers, Layer, LayerSettings, LayerWeights
 from fastppo_kernels.native import isa as isas
 from numerics import assert_as_accurate, guarded
 from test_layer_steps import (
@@ -68,6 +69,7 @@ def plain(x: Tensor, cos: Tensor, sin: Tensor, w: Any, s: Any) -> Tensor:
         ages = torch.arange(len(a))[:, None] - torch.arange(len(a))
         hidden = (ages < 0) | (ages >= (s.window or N))
         scores = torch.einsum("ihd,jhd->hij", a, b) * s.scale
+        scores = s.softcap * torch.tanh(scores / s.softcap) if s.softcap else scores
         mixed.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), c))
     y = x + F.linear(torch.cat(mixed).flatten(1), w.o, w.o_bias)
     inner = norm(y, w.inner_norm, s.inner_eps)
@@ -136,14 +138,14 @@ def test_zeros_prove_nothing() -> None:
     model.base_model.layers[0].self_attn.o_proj.weight.data.zero_()  # pyright: ignore
     model.base_model.layers[0].mlp.down_proj.weight.data.zero_()  # pyright: ignore
     models.fuse_layers(model, LayersConfig(fused="native"))
-    assert [hasattr(x, "native_settings") for x in model.base_model.layers] == [False, True]  # pyright: ignore
+    assert [hasattr(x, "tried_natively") for x in model.base_model.layers] == [False, True]  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", LayerWeights._fields)
 def test_a_shape_that_does_not_fit_is_named(name: str) -> None:
     given, weights = problem(True, True)
     bad = torch.cat([getattr(weights, name)] * 2, dim=-1)
-    with pytest.raises(ValueError, match=f"{name} must have shape|heads of an even width"):
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
         ours(*given, weights._replace(**{name: bad}), SETTINGS)
 
 
@@ -162,6 +164,79 @@ def test_other_tensors_are_refused_by_name() -> None:
         fake = torch.zeros(H)
     with pytest.raises(ValueError, match=r"inner_norm must be .*, got a FakeTensor"):
         ours(x, *angles, weights._replace(inner_norm=fake), SETTINGS)
+
+
+def decoded(given: list[Tensor], layers: list[tuple[LayerWeights, LayerSettings]]) -> Tensor:
+    """Of the packed tokens, by a step for each: the longest sequence begins, and each other a step after the last."""
+    (x, cos, sin), order = given, (2, 0, 1)
+    starts = [sum(SEQUENCES[:i]) for i in order]
+    memory = torch.full((2 * len(layers), len(order), KV, max(SEQUENCES), D), torch.nan)
+    pairs = zip(layers, memory[0::2], memory[1::2], strict=True)
+    stack, found = DecoderLayers([Layer(*layer, k, v) for layer, k, v in pairs]), torch.full((N, H), torch.nan)
+    for t in range(max(SEQUENCES)):
+        rows = [i for i, k in enumerate(order) if 0 <= t - i < SEQUENCES[k]]
+        assert rows == [*range(len(rows))]
+        at = [starts[i] + t - i for i in rows]
+        wide = torch.stack([x[at]] * 2, -1)[..., 0]  # rows and columns apart
+        found[at] = stack.step(wide.T.contiguous().T, cos[at], sin[at], torch.tensor([t - i for i in rows]), t + 1)
+    return found
+
+
+@pytest.mark.parametrize("isa", isas.available_isas())
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 2.0)])
+@pytest.mark.parametrize(("biases", "head_norms"), [(False, False), (True, True)])
+def test_decode_steps_are_those_of_the_formula(
+    biases: bool, head_norms: bool, window: int | None, softcap: float | None, isa: str, monkeypatch: Any
+) -> None:
+    """Through two layers, whose settings differ, with what earlier steps left in memory."""
+    monkeypatch.setenv(isas.ISA_VARIABLE, isa)
+    (given, first), (_, second) = problem(biases, head_norms), problem(biases, head_norms)
+    settings = SETTINGS._replace(window=window, softcap=softcap)
+    layers = [(first, settings), (second, LayerSettings(1e-2, 1e-3, 0.1, 0.2))]
+
+    def both(dtype: torch.dtype) -> Tensor:
+        x, cos, sin = (x.to(dtype) for x in given)
+        for weights, s in layers:
+            x = plain(x, cos, sin, LayerWeights(*(None if p is None else p.to(dtype) for p in weights)), s)  # pyright: ignore
+        return x
+
+    assert_as_accurate("x", decoded(given, layers), both(torch.float32), both(torch.float64), atol=2e-6)
+
+
+def test_what_a_step_cannot_read_is_refused() -> None:
+    (x, cos, sin), weights = problem(True, True)
+    memory = torch.zeros(N, KV, 4, D)
+    layer = Layer(weights, SETTINGS, memory, memory.clone())
+    with pytest.raises(ValueError, match="at least one layer"):
+        DecoderLayers([])
+    for name in LayerWeights._fields:
+        bad = torch.cat([getattr(weights, name)] * 2, dim=-1)
+        with pytest.raises(ValueError, match=f"{name} must have shape"):
+            DecoderLayers([layer._replace(weights=weights._replace(**{name: bad}))])
+    with pytest.raises(ValueError, match="up must be given"):
+        DecoderLayers([layer._replace(weights=weights._replace(up=None))])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="keys must have shape"):
+        DecoderLayers([layer._replace(keys=memory[:, :1].contiguous(), values=memory[:, :1].contiguous())])
+    step, positions = DecoderLayers([layer]).step, torch.zeros(N, dtype=torch.int64)
+    for i, name in enumerate(("x", "cos", "sin", "positions")):
+        given = [x, cos, sin, positions]
+        given[i] = given[i].to("meta")
+        with pytest.raises(ValueError, match=f"{name} must be .* on the CPU, got .*meta"):
+            step(*given, span=4)
+
+
+def test_what_a_layer_cannot_do_is_refused_and_no_tokens_are_none() -> None:
+    (x, cos, sin), weights = problem(False, False)
+    ends = torch.tensor([0, N], dtype=torch.int32)
+    with pytest.raises(ValueError, match="softcap must be None"):
+        decoder_layer(x, cos, sin, ends, weights, SETTINGS._replace(softcap=2.0))
+    with pytest.raises(ValueError, match="cu_seqlens must be int32 on the CPU, got .* on meta"):
+        decoder_layer(x, cos, sin, ends.to("meta"), weights, SETTINGS)
+    with pytest.raises(ValueError, match="x must have two dimensions"):
+        decoder_layer(x[None], cos, sin, ends, weights, SETTINGS)
+    with pytest.raises(ValueError, match="got D = 0"):
+        decoder_layer(x, cos[:, :0], sin[:, :0], ends, weights, SETTINGS)
+    assert decoder_layer(x[:0], cos[:0], sin[:0], ends[:1], weights, SETTINGS).shape == (0, H)
 
 
 @pytest.fixture
@@ -228,6 +303,29 @@ def test_what_changes_afterwards_is_seen(calls: list[int]) -> None:
         model = policy()
         change(model)
         assert_runs(model, calls, whole=1)
+
+
+def test_numbers_that_change_afterwards_are_seen(calls: list[int]) -> None:
+    def set_to(part: str, name: str, value: float) -> Callable[[Any], None]:
+        return lambda layer: setattr(layer.get_submodule(part) if part else layer, name, value)
+
+    for change, whole in (
+        (set_to("input_layernorm", "variance_epsilon", 1.0), 2),
+        (set_to("post_attention_layernorm", "variance_epsilon", 1.0), 2),
+        (set_to("self_attn", "scaling", 0.01), 1),
+        (set_to("self_attn", "sliding_window", 2), 1),
+    ):
+        model = policy("windows")
+        before = hidden_and_gradients(model)[0]
+        change(model.base_model.layers[0])
+        assert not torch.equal(hidden_and_gradients(model)[0], before)
+        assert_runs(model, calls, whole=whole)
+
+
+def test_a_cache_that_is_asked_for_is_filled() -> None:
+    model, cache = policy(), DynamicCache()
+    model(torch.zeros(1, 7, dtype=torch.int64), packing=plan([3, 4]), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 7
 
 
 def test_adapters_and_what_is_computed_again_go_through_the_modules(calls: list[int]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GraniteConfig, Qwen2Config, SmolLM3Config
 
 import tiny
@@ -60,14 +61,26 @@ def assert_same(one: Rollout, other: Rollout) -> None:
     torch.testing.assert_close(one.logprobs, other.logprobs, atol=2e-5, rtol=0)
 
 
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step in C++."""
+    found: list[int] = []
+    plain = native.DecoderLayers.step
+    monkeypatch.setattr(
+        native.DecoderLayers, "step", lambda self, x, *rest: found.append(len(x)) or plain(self, x, *rest)
+    )
+    return found
+
+
 @pytest.mark.parametrize("isa", isas.available_isas())
 @pytest.mark.parametrize("kind", KNOWN)
-def test_they_draw_what_the_modules_draw(kind: str, isa: str, made_steps: list[Any], monkeypatch: Any) -> None:
+def test_they_draw_what_the_modules_draw(kind: str, isa: str, steps: list[int], monkeypatch: Any) -> None:
     """Rows end and others take their places; the first step, which is tried, is no other than the rest."""
     monkeypatch.setenv(isas.ISA_VARIABLE, isa)
     model = policy(kind)
-    assert_same(drawn(model), modules_alone(model))
-    assert len(made_steps) == 1 and made_steps[0] is not None
+    found = drawn(model)
+    assert len(steps) > 10 and max(steps) == 5, "the first agreed, so the others follow"
+    assert_same(found, modules_alone(model))
 
 
 def test_every_call_reads_the_weights_of_now(made_steps: list[Any]) -> None:
@@ -173,18 +186,24 @@ def test_a_first_step_that_differs_leaves_nothing_behind(monkeypatch: pytest.Mon
     assert_same(drawn(model), expected)
 
 
+def plain_layer(inner: int = 8, heads: int = 2) -> native.Layer:
+    H, D = 8, 4
+    q, k, up = torch.zeros(8, H), torch.zeros(heads * D, H), torch.zeros(inner, H)
+    weights = native.LayerWeights(
+        *(torch.ones(H), q, None, k, None, k, None, None, None, q, None, torch.ones(H), up, up, up.T.contiguous())
+    )
+    memory = torch.zeros(3, heads, 6, D)
+    return native.Layer(weights, native.LayerSettings(1e-6, 0.0, 1e-6, 0.5), memory, memory.clone())
+
+
 def test_layers_of_several_shapes_are_refused() -> None:
-    weights = native.LayerWeights(*[None] * 15)._replace(q=torch.zeros(8, 8), gate=torch.zeros(4, 8))  # pyright: ignore
-    memory, settings = torch.zeros(3, 2, 6, 4), native.LayerSettings(1e-6, 0.0, 1e-6, 0.5)
-    one = native.Layer(weights, settings, memory, memory.clone())
-    for other in (
-        one._replace(weights=weights._replace(gate=torch.zeros(5, 8))),
-        one._replace(keys=torch.zeros(3, 1, 6, 4), values=torch.zeros(3, 1, 6, 4)),
-    ):
+    one = plain_layer()
+    memory = one.keys
+    for other in (plain_layer(inner=5), plain_layer(heads=1)):
         with pytest.raises(ValueError, match="must have one shape"):
             native.DecoderLayers([one, other])
     for bad in (memory.double(), memory.transpose(1, 2)):
-        with pytest.raises(ValueError, match="must have one shape|contiguous float32"):
+        with pytest.raises(ValueError, match="must have one shape|must be contiguous|must be a float32"):
             native.DecoderLayers([one._replace(keys=bad)])
 
 
@@ -195,6 +214,18 @@ def test_plain_layers_run_as_they_are(made_steps: list[Any], monkeypatch: pytest
     assert made_steps == [None, None]
 
 
+def test_a_mode_that_looks_sees_every_operator(steps: list[int]) -> None:
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    model = policy()
+    with Looks():
+        found = drawn(model)
+    assert not steps
+    assert_same(found, drawn(model))
+
+
 def test_adapters_run_as_they_are(made_steps: list[Any]) -> None:
     pytest.importorskip("peft", reason="pip install 'fastppo[lora]'")
     model = models.adapt(policy(), MemoryConfig(share="lora", lora_rank=4))
@@ -203,14 +234,8 @@ def test_adapters_run_as_they_are(made_steps: list[Any]) -> None:
 
 
 def test_a_position_outside_memory_is_named() -> None:
-    H, D, rows = 8, 4, 3
-    weight, memory = torch.zeros(H, H), torch.zeros(rows, 2, 6, D)
-    weights = native.LayerWeights(
-        *(torch.ones(H), weight, None, weight, None, weight, None, None, None, weight, None, torch.ones(H)),
-        *(weight, weight, weight),
-    )
-    layer = native.Layer(weights, native.LayerSettings(1e-6, 0.0, 1e-6, 0.5), memory, memory.clone())
-    layers, x, angles = native.DecoderLayers([layer]), torch.ones(rows, H), torch.ones(rows, D)
+    x, angles = torch.ones(3, 8), torch.ones(3, 4)
+    layers = native.DecoderLayers([plain_layer()])
     assert torch.equal(layers.step(x, angles, angles, torch.tensor([0, 2, 5]), 6), x)  # weights of zero add nothing
     for positions in ([0, 2, 6], [0, -1, 2]):
         with pytest.raises(ValueError, match=r"positions must lie in \[0, 6\), got"):

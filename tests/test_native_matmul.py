@@ -113,22 +113,33 @@ def test_what_is_not_a_number_reaches_its_row_or_column_alone() -> None:
     assert torch.equal(made, plain) and made.sum() == 19 * 39
 
 
+B = torch.zeros(5, 3)
+
+
 @pytest.mark.parametrize(
     ("b", "bias", "out"),
     [
-        ((6, 3), None, None),
-        ((5, 3), torch.zeros(4), None),
-        ((5, 3), torch.zeros(3, dtype=torch.float64), None),
-        ((5, 3), None, torch.zeros(2, 4)),
-        ((5, 3), None, torch.zeros(3, 2).T),
-        ((5, 3), None, torch.zeros(2, 3, dtype=torch.bfloat16)),
+        (torch.zeros(6, 3), None, None),
+        (torch.zeros(5), None, None),
+        (B.double(), None, None),
+        (B.to("meta"), None, None),
+        (B, torch.zeros(4), None),
+        (B, torch.zeros(3, dtype=torch.float64), None),
+        (B, torch.zeros(3, device="meta"), None),
+        (B, None, torch.zeros(2, 4)),
+        (B, None, torch.zeros(3, 2).T),
+        (B, None, torch.zeros(3).expand(2, 3)),
+        (B, None, torch.zeros(2, 3, dtype=torch.complex64).conj().imag),
+        (B, None, torch.zeros(2, 3, dtype=torch.bfloat16)),
+        (B, None, torch.zeros(2, 3, device="meta")),
     ],
 )
-def test_what_does_not_fit_is_refused(b: tuple[int, int], bias: Tensor | None, out: Tensor | None) -> None:
-    with pytest.raises(ValueError, match=r"no product of these: a, b, out and bias are \(2, 5\)"):
-        matmul(torch.zeros(2, 5), torch.zeros(b), bias, out=out)
+def test_what_does_not_fit_is_refused(b: Tensor, bias: Tensor | None, out: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"must be float32 .* on the CPU; got a \(2, 5\) torch.float32 on cpu, b "):
+        matmul(torch.zeros(2, 5), b, bias, out=out)
 
 
 def test_a_view_whose_sign_is_elsewhere_has_its_sign() -> None:
     x = torch.randn(4, 4, dtype=torch.complex64).conj().imag
     assert x.is_neg() and torch.equal(matmul(x, torch.eye(4)), x)
+    assert torch.equal(matmul(torch.zeros(1, 4), torch.eye(4), x[0]), x[:1])

@@ -85,6 +85,12 @@ def test_registrations_hold(case: int, backend: str) -> None:
     torch.library.opcheck(operator, arguments)
 
 
+def test_registrations_of_a_product_hold() -> None:
+    for a, b, bias in ((leaf(5, 3), leaf(4, 3), None), (leaf(3, 5).T, leaf(4, 6)[:, ::2], leaf(4))):
+        given = (a.detach(), b.detach(), None if bias is None else bias.detach())
+        torch.library.opcheck(operators.product, given)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_registrations_hold_for_few_rows(count: int, backend: str) -> None:

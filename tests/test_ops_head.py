@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo_kernels import head, linear_ppo_loss, token_logprobs
+from fastppo_kernels import head, linear_ppo_loss, native, token_logprobs
 from fastppo_kernels.head import ChunkedHead, default_chunk_size, exact_products
 from numerics import DEVICE
 
@@ -144,3 +144,14 @@ def test_every_product_of_an_op_is_made_exactly(monkeypatch: pytest.MonkeyPatch)
     token_logprobs(hidden, weight, targets).sum().backward()
     linear_ppo_loss(hidden, weight, targets, None, ones, ones)
     assert seen == [False] * 5
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="products of the reference on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_does_not_multiply_in_cpp(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it could not tell that the product is wrong."""
+    monkeypatch.setattr(native, "matmul", None)
+    hidden, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (5, 7))
+    logprobs = token_logprobs(hidden, weight, torch.arange(5), backend="reference")
+    logprobs.sum().backward()
+    assert logprobs.isfinite().all() and weight.grad is not None

@@ -1,5 +1,7 @@
 """`linear` is torch's own, only sooner: forward and gradients against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,3 +137,11 @@ def test_the_bits_are_the_same_with_and_without_gradients_and_for_every_shape_of
             made = linear(x.view(*shape, 96), weight, bias)
             assert made.shape == (*shape, 200) and torch.equal(made.view(rows, 200), learning)
     assert learning.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")  # of shapes that are taken for constants
+def test_a_trace_computes_what_it_was_made_of() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(3, 6)
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(lambda x: linear(x, weight), (x,), check_trace=False)
+        assert torch.equal(traced(2 * x), linear(2 * x, weight))

@@ -91,7 +91,8 @@ def _matmul_rate(device: str, dtype: torch.dtype, threads: int) -> float:
     ways: list[Callable[[], object]] = [lambda: a @ b]
     if a.dtype == torch.float32 and runs_native(a, b):
         ways.append(lambda: native.matmul(a, b))
-    if not a.is_cuda and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN, which is not behind `@`
+    if a.dtype == torch.float32 and not a.is_cuda and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # oneDNN, which is not behind `@`; bfloat16 is, and where a CPU has no products of it, refuses them here
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     with _on_threads(threads):
         return 2 * n**3 / min(_median_seconds(way, device) for way in ways)

@@ -93,13 +93,16 @@ class Ledger(TorchDispatchMode):
 
 
 def _adds_gradients(args: Any) -> bool:
-    """Whether a backward adds two tensors: autograd does so in the memory of the first, if no dispatch mode is there.
+    """Whether a backward adds two tensors whose sum has room in the first: there autograd puts it.
 
-    Under one it makes a third. In a dry run nothing is lost by overwriting; a forward that is run again in a backward
-    has gradients enabled, and keeps what it adds.
+    Under a dispatch mode it makes a third. In a dry run nothing is lost by overwriting. A sum that a formula makes for
+    itself in a backward is taken for one of autograd's; a forward that is run again there has gradients enabled.
     """
     backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
-    return backward and all(isinstance(x, FakeTensor) and x.shape == args[0].shape for x in args)
+    if not backward or not all(isinstance(x, FakeTensor) for x in args):
+        return False
+    first, second = args
+    return (first.shape, first.dtype) == (second.shape, second.dtype) and 0 not in first.stride()
 
 
 @contextmanager

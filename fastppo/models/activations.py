@@ -24,8 +24,8 @@ KEPT = frozenset(  # operators whose output costs far more to make than to keep
 def keep_activations(model: PreTrainedModel, config: LayersConfig) -> None:
     """Compute again in the backward pass what `config` does not keep, in every `checkpoint_every`-th layer.
 
-    The same operators on the same inputs: gradients are bit for bit those of keeping everything, but where whole layers
-    run in C++ else (`native_decoder`), which add gradients up in another order.
+    The same operators on the same inputs: gradients are bit for bit those of keeping everything. Only a layer that
+    would else run whole in C++ (`native_decoder`) adds gradients up in another order than its modules.
     """
     if config.checkpointing == "none":
         return

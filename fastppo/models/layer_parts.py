@@ -53,10 +53,10 @@ class LayerParts:
             down=self.down.weight,
         )
 
-    def settings(self, scale: float, window: int | None, softcap: float | None) -> LayerSettings:
+    def settings(self, scale: float, window: int | None) -> LayerSettings:
         """With what attention is called with."""
         head_eps = 0.0 if self.head_norms is None else epsilon(self.head_norms[0])
-        return LayerSettings(epsilon(self.input_norm), head_eps, epsilon(self.inner_norm), scale, window, softcap)
+        return LayerSettings(epsilon(self.input_norm), head_eps, epsilon(self.inner_norm), scale, window)
 
 
 def parts_of(layer: Any) -> LayerParts | None:
@@ -75,6 +75,11 @@ def parts_of(layer: Any) -> LayerParts | None:
         return None
     known = is_native_mlp(mlp) and has_known_forward(attention) and _are_known(made)
     return made if known and not any(is_watched(x) for x in layer.modules()) else None
+
+
+def numbers_of(attention: nn.Module) -> dict[str, Any]:
+    """What its forward may read beside its parts and its config."""
+    return {name: x for name, x in vars(attention).items() if x is None or type(x) in (int, float)}
 
 
 def is_watched(module: nn.Module) -> bool:

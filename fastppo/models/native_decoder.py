@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from fastppo.attention import Packing, backend, plan
 from fastppo.models.facts import context_length
-from fastppo.models.layer_parts import LayerParts, has_others, is_watched, parts_of
+from fastppo.models.layer_parts import LayerParts, has_others, is_watched, numbers_of, parts_of
+from fastppo.models.native_layers import UNLIKE
 from fastppo_kernels import operators
 from fastppo_kernels.decoder_layer import decoder_layer, queries_keys_values
 from fastppo_kernels.native import LayerSettings, LayerWeights
@@ -26,6 +27,15 @@ class NativeLayer(NamedTuple):
     number: int
     weights: LayerWeights
     settings: LayerSettings
+
+
+class Tried(NamedTuple):
+    """What its attention was called with when a layer was found to be what `decoder_layer` computes."""
+
+    scale: float
+    window: int | None
+    numbers: dict[str, Any]
+    """Of its attention, then."""
 
 
 class _Seen:
@@ -47,11 +57,11 @@ def use_native_decoder(model: PreTrainedModel) -> None:
     """Layers whose parts are replaced already; each is tried on numbers first, and left as it is if it does more."""
     layers: Any = getattr(model.base_model, "layers", None) or ()
     for layer in layers:
-        settings = None if "forward" in vars(layer) else _tried(model, layer)
-        if settings is not None:
-            layer.native_settings = settings
+        tried = None if "forward" in vars(layer) else _tried(model, layer)
+        if tried is not None:
+            layer.tried_natively = tried
             layer.forward = MethodType(_forward, layer)
-    whole = sum(hasattr(layer, "native_settings") for layer in layers)
+    whole = sum(hasattr(layer, "tried_natively") for layer in layers)
     LOG.info("%d of %d layers of %s run whole in C++", whole, len(layers), type(model).__name__)
 
 
@@ -60,48 +70,59 @@ def native_layers_of(model: PreTrainedModel) -> list[NativeLayer] | None:
     body: Any = model.base_model
     layers, found = getattr(body, "layers", None) or (), list[NativeLayer]()
     for layer in layers:
-        parts = parts_of(layer) if hasattr(layer, "native_settings") else None
+        parts = _whole(layer)
         if parts is None or has_others(parts, layer):
             return None
-        found.append(NativeLayer(parts.index, parts.weights, layer.native_settings))
+        found.append(_native(layer, parts))
     alone = not is_watched(body) and backend(model.device, model.dtype, None) == "native"
     return found if found and alone else None
+
+
+def _whole(layer: Any) -> LayerParts | None:
+    """The parts of a layer that is still what was tried."""
+    tried: Tried | None = getattr(layer, "tried_natively", None)
+    parts = None if tried is None else parts_of(layer)
+    return parts if parts is not None and tried is not None and numbers_of(layer.self_attn) == tried.numbers else None
+
+
+def _native(layer: Any, parts: LayerParts) -> NativeLayer:
+    """With the weights and epsilons of now."""
+    tried: Tried = layer.tried_natively
+    return NativeLayer(parts.index, parts.weights, parts.settings(tried.scale, tried.window))
 
 
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The layer's own where tokens are sampled, something is computed again, or somebody looks at its parts."""
     packing: Packing | None = kwargs.get("packing")
-    parts = None if args or packing is None or not _is_alone(layer, hidden_states, kwargs) else parts_of(layer)
+    parts = None if args or packing is None or not _is_alone(layer, hidden_states, kwargs) else _whole(layer)
     if parts is None or packing is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     cos, sin = kwargs["position_embeddings"]
-    made = decoder_layer(
-        hidden_states[0], cos[0], sin[0], packing.padded_seqlens, parts.weights, layer.native_settings
-    )  # fmt: skip
-    return made[None]
+    _, weights, settings = _native(layer, parts)
+    return decoder_layer(hidden_states[0], cos[0], sin[0], packing.padded_seqlens, weights, settings)[None]
 
 
 def _is_alone(layer: Any, x: Tensor, given: dict[str, Any]) -> bool:
     recomputes = layer.training and getattr(layer, "gradient_checkpointing", False)
-    others = given.get("memory") is not None or given.get("attention_mask") is not None or len(x) != 1
+    others = len(x) != 1 or any(given.get(name) is not None for name in ("memory", "past_key_values", "attention_mask"))
     plain = backend(x.device, x.dtype, None) == "native" and not torch.is_autocast_enabled("cpu")
     return plain and not (recomputes or others or operators.looked_at(x))
 
 
-def _tried(model: PreTrainedModel, layer: nn.Module) -> LayerSettings | None:
+def _tried(model: PreTrainedModel, layer: nn.Module) -> Tried | None:
     """What its attention is called with; None where it is not what `decoder_layer` computes."""
     parts = parts_of(layer)
     if parts is None or has_others(parts, layer):
         return None
     try:
         return _compared(model, layer, parts)
-    except (AttributeError, TypeError, ValueError) as error:  # it takes or gives something else
+    except UNLIKE as error:
         LOG.info("a layer of %s runs by its modules: %s", type(model).__name__, error)
         return None
 
 
 @torch.no_grad()
-def _compared(model: PreTrainedModel, layer: nn.Module, parts: LayerParts) -> LayerSettings | None:
+def _compared(model: PreTrainedModel, layer: Any, parts: LayerParts) -> Tried | None:
     """The queries, keys and values, and what the layer adds to its input."""
     seen, body, end = _Seen(), model.base_model, context_length(model)
     generator = torch.Generator().manual_seed(0)
@@ -115,10 +136,12 @@ def _compared(model: PreTrainedModel, layer: nn.Module, parts: LayerParts) -> La
     if seen.settings is None or seen.settings[2] is not None:  # soft-capped
         return None
     given = x[0], cos[0], sin[0], packing.cu_seqlens, parts.weights
-    settings = parts.settings(*seen.settings)
+    scale, window, _ = seen.settings
+    settings = parts.settings(scale, window)
     pairs = [*zip(queries_keys_values(*given, settings), seen.inputs, strict=True)]
     pairs.append((decoder_layer(*given, settings) - x[0], z[0] - x[0]))
-    return settings if all(_near(found, expected) for found, expected in pairs) else None
+    same = all(_near(found, expected) for found, expected in pairs)
+    return Tried(scale, window, numbers_of(layer.self_attn)) if same else None
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

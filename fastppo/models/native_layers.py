@@ -14,6 +14,8 @@ from fastppo.checks import require
 from fastppo_kernels import layers
 
 ROTARY = "apply_rotary_pos_emb"
+UNLIKE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ctypes.ArgumentError)
+"""What a module raises that takes or gives something else than the kernel that is tried in its place."""
 SCALES = (1e-3, 1.0, 1e4)  # of the numbers it is tried on
 TOLERANCE = 1e-5  # of a replacement, relative to the largest number: another formula is further off
 
@@ -74,8 +76,8 @@ def _same(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], wi
     for scale in SCALES:
         try:
             expected, found = one(scale * x), other(scale * x)
-        except (AttributeError, RuntimeError, TypeError, ValueError, ctypes.ArgumentError):
-            return False  # it takes or gives something else
+        except UNLIKE:
+            return False
         if found.shape != expected.shape or not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
             return False
     return True

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastppo import models
 from fastppo.rollout.kv import Decode
-from fastppo_kernels import native
+from fastppo_kernels import native, operators
 
 TOLERANCE = 1e-4  # of hidden states, relative to the largest: sums in another order are nearer
 
@@ -34,7 +34,8 @@ class LayerSteps:
 def layer_steps(policy: PreTrainedModel, step: Decode) -> LayerSteps | None:
     """Of a policy whose layers all run whole, whose keys and values are in memory; None of others."""
     layers = models.native_layers_of(policy)
-    if layers is None or {x.number for x in layers} != {*step.kv.layers}:
+    watched = operators.looked_at()  # by a profiler, say, who wants to see the parts of a step
+    if watched or layers is None or {x.number for x in layers} != {*step.kv.layers}:
         return None
     try:
         return LayerSteps(policy, layers, step)

@@ -37,9 +37,12 @@ int fastppo_decoder_step(const DecoderStep* step) {
     const auto norm = [&](int64_t rows, int64_t width, const float* x, const float* weight, float eps, float* made) {
         fastppo_rms_norm(rows, width, x, weight, eps, made, rates, s.isa, s.num_threads);
     };
-    const auto times = [&](const float* x, int64_t inputs, const float* weight, int64_t outputs, const float* bias, bool add, float* made) {
+    const auto times = [&](const float* x, int64_t inputs, const float* weight, int64_t outputs, const float* bias, float* made) {
         fastppo_matmul(
-            n, outputs, inputs, 0, x, inputs, 1, 0, weight, 1, inputs, bias, add, made, outputs, s.isa, s.num_threads);
+            n, outputs, inputs, 0, x, inputs, 1, 0, weight, 1, inputs, bias, 0, made, outputs, s.isa, s.num_threads);
+    };
+    const auto add = [&](const float* made) {  // the whole product, as the modules do: a sum's parts round at its own size
+        for (int64_t i = 0; i < n * s.hidden; ++i) s.x[i] += made[i];
     };
     const auto turned = [&](float* x, int64_t heads, const float* weight, float eps) {
         if (weight) norm(n * heads, D, x, weight, eps, x);
@@ -48,21 +51,23 @@ int fastppo_decoder_step(const DecoderStep* step) {
     for (int64_t i = 0; i < s.num_layers; ++i) {
         const DecoderLayer& layer = s.layers[i];
         norm(n, s.hidden, s.x, layer.input_norm, layer.eps, normed);
-        times(normed, s.hidden, layer.q, wide, layer.q_bias, false, q);
-        times(normed, s.hidden, layer.k, narrow, layer.k_bias, false, k);
-        times(normed, s.hidden, layer.v, narrow, layer.v_bias, false, v);
+        times(normed, s.hidden, layer.q, wide, layer.q_bias, q);
+        times(normed, s.hidden, layer.k, narrow, layer.k_bias, k);
+        times(normed, s.hidden, layer.v, narrow, layer.v_bias, v);
         turned(q, s.heads, layer.q_norm, layer.head_eps);
         turned(k, s.kv_heads, layer.k_norm, layer.head_eps);
         const int legal = fastppo_decode_attention(
             n, s.kv_heads, s.heads / s.kv_heads, D, 0, q, k, v, layer.keys, layer.values, s.row_stride, s.head_stride,
             s.positions, s.span, layer.window, layer.scale, layer.cap, rest, out, s.isa, s.num_threads);
         if (!legal) return 0;
-        times(out, wide, layer.o, s.hidden, layer.o_bias, true, s.x);
+        times(out, wide, layer.o, s.hidden, layer.o_bias, normed);
+        add(normed);
         norm(n, s.hidden, s.x, layer.inner_norm, layer.inner_eps, normed);
-        times(normed, s.hidden, layer.gate, s.inner, nullptr, false, gate);
-        times(normed, s.hidden, layer.up, s.inner, nullptr, false, up);
+        times(normed, s.hidden, layer.gate, s.inner, nullptr, gate);
+        times(normed, s.hidden, layer.up, s.inner, nullptr, up);
         fastppo_gated(n * s.inner, gate, up, gate, s.isa, s.num_threads);
-        times(gate, s.inner, layer.down, s.hidden, nullptr, true, s.x);
+        times(gate, s.inner, layer.down, s.hidden, nullptr, normed);
+        add(normed);
     }
     return 1;
 }

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kVectors = 2;
 constexpr int64_t kColumns = kVectors * kLanes;  // of a strip
-constexpr int kRows = kLanes == 8 ? 6 : 8;       // with kVectors sums each, in 16 registers of AVX2 or 32 of the others
+constexpr int kRows = kLanes == 8 ? 6 : 8;       // with kVectors sums each, for 16 registers of AVX2, 32 of AVX-512 and NEON
 constexpr int64_t kDepth = 128;
 constexpr int64_t kLine = 64 / sizeof(float);
 

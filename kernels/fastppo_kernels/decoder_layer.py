@@ -14,6 +14,7 @@ from torch import Tensor
 from fastppo_kernels import native
 from fastppo_kernels.checks import check_shape
 from fastppo_kernels.native import LayerSettings, LayerWeights
+from fastppo_kernels.native.layer_weights import check_float32, check_weights
 from fastppo_kernels.operators.scale import differentiated_once
 from fastppo_kernels.settings import PackedSettings
 
@@ -30,9 +31,9 @@ def decoder_layer(
         (N, H), differentiable in x and the weights.
 
     Raises:
-        ValueError: a tensor is not float32 on the CPU, or a shape does not fit.
+        ValueError: a tensor is not float32 on the CPU, a shape does not fit, or scores are soft-capped.
     """
-    weights = _checked(x, cos, sin, cu_seqlens, weights)
+    weights = _checked(x, cos, sin, cu_seqlens, weights, settings)
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     if torch.is_grad_enabled():
         return _DecoderLayer.apply(x, cos, sin, cu_seqlens, settings, *weights)  # pyright: ignore[reportReturnType]
@@ -40,28 +41,21 @@ def decoder_layer(
     return _activation(y, settings, weights)[0]
 
 
-def _checked(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, w: LayerWeights) -> LayerWeights:
+def _checked(
+    x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, w: LayerWeights, s: LayerSettings
+) -> LayerWeights:
     """The weights, those of norms contiguous."""
-    for name, t in {"x": x, "cos": cos, "sin": sin, **w._asdict()}.items():
-        if t is not None and (t.dtype != torch.float32 or not t.is_cpu or type(t) not in (Tensor, torch.nn.Parameter)):
-            raise ValueError(f"{name} must be a float32 tensor on the CPU, got a {type(t).__name__} of {t.dtype}")
-    (N, H), D, wide, narrow, inner = x.shape, cos.shape[-1], len(w.q), len(w.k), len(w.gate)
-    if D % 2 or wide % D or narrow % D or not narrow or (wide // D) % (narrow // D) or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            "heads of an even width D in whole groups and int32 cu_seqlens are needed, got D = "
-            f"{D}, {wide} columns of queries, {narrow} of keys, {cu_seqlens.dtype}"
-        )
-    check_shape((N, D), "(N, D)", cos=cos, sin=sin)
-    check_shape((H,), "(H,)", input_norm=w.input_norm, inner_norm=w.inner_norm)
-    check_shape((wide, H), "(heads * D, H)", q=w.q)
-    check_shape((narrow, H), "(kv_heads * D, H)", k=w.k, v=w.v)
-    check_shape((H, wide), "(H, heads * D)", o=w.o)
-    check_shape((inner, H), "(I, H)", gate=w.gate, up=w.up)
-    check_shape((H, inner), "(H, I)", down=w.down)
-    lengths = {"q_norm": D, "k_norm": D, "q_bias": wide, "k_bias": narrow, "v_bias": narrow, "o_bias": H}
-    for name, length in lengths.items():
-        if (vector := getattr(w, name)) is not None:
-            check_shape((length,), f"({length},)", **{name: vector})
+    for name, t in {"x": x, "cos": cos, "sin": sin}.items():
+        check_float32(name, t)
+        if t.ndim != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {tuple(t.shape)}")
+    if cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_cpu:
+        raise ValueError(f"cu_seqlens must be int32 on the CPU, got {cu_seqlens.dtype} on {cu_seqlens.device}")
+    if s.softcap is not None:
+        raise ValueError(f"softcap must be None, got {s.softcap}: a whole layer has no soft-capped scores")
+    check_weights(w, cos.shape[1])
+    check_shape((len(x), cos.shape[1]), "(N, D)", cos=cos, sin=sin)
+    check_shape((len(x), len(w.o)), "(N, H)", x=x)
     norms = ("input_norm", "q_norm", "k_norm", "inner_norm")
     there = {name: getattr(w, name) for name in norms if getattr(w, name) is not None}
     return w._replace(**{name: x.contiguous() for name, x in there.items()})
@@ -74,7 +68,7 @@ def _attention(
     D, matmul = cos.shape[1], native.matmul
     normed, rates = native.rms_norm(x, w.input_norm, s.eps)
     plain_q, plain_k, v = (
-        matmul(normed, weight.T, bias).view(len(x), -1, D)
+        matmul(normed, weight.T, bias).view(len(x), len(weight) // D, D)
         for weight, bias in ((w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias))
     )
     (q, q_rates), (k, k_rates) = (
@@ -99,7 +93,7 @@ def queries_keys_values(
     x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, weights: LayerWeights, settings: LayerSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What attention is called with in `decoder_layer`: (N, heads, D) each."""
-    weights = _checked(x, cos, sin, cu_seqlens, weights)
+    weights = _checked(x, cos, sin, cu_seqlens, weights, settings)
     return _attention(x, cos, sin, cu_seqlens, settings, weights)[7:10]  # pyright: ignore[reportReturnType]
 
 

@@ -101,7 +101,8 @@ class ChunkedHead:
         self.piece = 0  # rows of every product; 0: as many as there are
         if pads_products(hidden.device):
             self.piece, self.chunk_size = min(PIECE_ROWS, self.chunk_size), _whole_pieces(self.chunk_size)
-        self.native = not self.piece and self.dtype == torch.float32 and runs_native(hidden, weight)
+        multiplies = backend != "reference" and self.dtype == torch.float32 and runs_native(hidden, weight)
+        self.native = multiplies and not self.piece
         self.mixed = self.operand_dtype != self.dtype
         self.hidden, self.weight = hidden, weight if self.native else weight.to(self.operand_dtype)
         vocab_size, num_rows = weight.shape[0], hidden.shape[0]

@@ -69,8 +69,7 @@ def token_logprobs(
         temperature: divides the logits; > 0. The sampler's own, or ratios are off before the first update.
         softcap: cap of cap * tanh(logits / cap), applied before the temperature; None for none.
         return_entropy: also return the entropy of each row's distribution, in nats.
-        chunk_size: rows per chunk, at most (in float32 and bfloat16 on a CPU 8 at least, and 100 are taken as 96); None
-            takes the default for V and the device.
+        chunk_size: rows per chunk, at most; None takes the default for V and the device.
         group: torch.distributed process group over whose ranks the vocabulary is split: `weight` and `bias` are the
             equal share of this rank, in rank order, all else is the same on every rank. None: not split.
         backend: "triton", "native" or "reference"; None lets `choose_backend` decide.

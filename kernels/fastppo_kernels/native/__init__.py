@@ -1,8 +1,9 @@
 """The C++ backend: the functions of `fastppo_kernels.eager`, for float32 and bfloat16 tensors on the CPU."""
 
 from fastppo_kernels.native.decode import decode_attention
-from fastppo_kernels.native.decoder import DecoderLayers, Layer, LayerSettings, LayerWeights
+from fastppo_kernels.native.decoder import DecoderLayers, Layer
 from fastppo_kernels.native.isa import available_isas
+from fastppo_kernels.native.layer_weights import LayerSettings, LayerWeights
 from fastppo_kernels.native.layers import gated, gated_backward, rms_norm, rms_norm_backward, rotate
 from fastppo_kernels.native.library import ABI_VERSION, library_path, load
 from fastppo_kernels.native.matmul import matmul

@@ -11,40 +11,10 @@ from torch import Tensor
 
 from fastppo_kernels.checks import check_shape
 from fastppo_kernels.native.isa import chosen_isa
+from fastppo_kernels.native.layer_weights import LayerSettings, LayerWeights, check_float32, check_weights
 from fastppo_kernels.native.library import load
 
 EVERYTHING = (1 << 62) - 1  # the window of a layer that has none
-
-
-class LayerWeights(NamedTuple):
-    """Of a decoder layer, (outputs, inputs): contiguous float32."""
-
-    input_norm: Tensor
-    q: Tensor
-    q_bias: Tensor | None
-    k: Tensor
-    k_bias: Tensor | None
-    v: Tensor
-    v_bias: Tensor | None
-    q_norm: Tensor | None  # of a head
-    k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    inner_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-
-class LayerSettings(NamedTuple):
-    """Epsilons of the three kinds of norms, and what attention is called with."""
-
-    eps: float
-    head_eps: float
-    inner_eps: float
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 class Layer(NamedTuple):
@@ -81,10 +51,13 @@ class DecoderLayers:
     """Layers of one shape that stay where they are in memory.
 
     Raises:
-        ValueError: a tensor is not contiguous float32 on the CPU, or layers differ in shape.
+        ValueError: there is none, a tensor is not contiguous float32 on the CPU, its shape does not fit, or layers
+            differ in shape.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
+        if not layers:
+            raise ValueError("a decoder has at least one layer, got none")
         self.layers = [_held(layer) for layer in layers]
         shapes = {tuple(None if x is None else (*x.shape, *x.stride()) for x in _tensors(layer)) for layer in layers}
         keys, values = self.layers[0].keys, self.layers[0].values
@@ -106,10 +79,14 @@ class DecoderLayers:
         check_shape((n, q.shape[1]), "(n, H)", x=x)
         check_shape((n, D), "(n, D)", cos=cos, sin=sin)
         check_shape((n,), "(n,)", positions=positions)
-        dtypes = [x.dtype, cos.dtype, sin.dtype, positions.dtype]
-        if dtypes != [torch.float32] * 3 + [torch.int64] or n > rows or not 0 < span <= length:
-            raise ValueError(f"{n} tokens of {dtypes} and span {span} do not fit {rows} rows of {length} positions")
-        x, cos, sin, positions = x.clone(), cos.contiguous(), sin.contiguous(), positions.contiguous()
+        for name, t in {"x": x, "cos": cos, "sin": sin}.items():
+            check_float32(name, t)
+        if positions.dtype != torch.int64 or not positions.is_cpu:
+            raise ValueError(f"positions must be int64 on the CPU, got {positions.dtype} on {positions.device}")
+        if n > rows or not 0 < span <= length:
+            raise ValueError(f"{n} tokens and span {span} do not fit {rows} rows of {length} positions")
+        x = x.clone(memory_format=torch.contiguous_format)  # what comes out is written over it
+        cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
         made = _Step(
             *[n, len(self.layers), x.shape[1], q.shape[0] // D, kv_heads, D, gate.shape[0]],
             *[first.keys.stride(0), first.keys.stride(1), span, ctypes.addressof(self.table)],
@@ -129,9 +106,15 @@ def _tensors(layer: Layer) -> tuple[Tensor | None, ...]:
 
 def _held(layer: Layer) -> Layer:
     """The same memory, whatever becomes of the parameters."""
-    for x in _tensors(layer):
-        if x is not None and not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()):
-            raise ValueError(f"a layer must be contiguous float32 on the CPU, got {x.dtype} on {x.device}")
+    w, keys = layer.weights, layer.keys
+    check_weights(w, keys.shape[-1])
+    for name, x in {**w._asdict(), "keys": keys, "values": layer.values}.items():
+        if x is not None:
+            check_float32(name, x)
+            if not x.is_contiguous() or x.is_neg():
+                raise ValueError(f"{name} must be contiguous float32, got strides {x.stride()}")
+    if keys.ndim != 4 or keys.shape[1] * keys.shape[3] != len(w.k):
+        raise ValueError(f"keys must have shape (rows, {len(w.k)} / D, positions, D), got {tuple(keys.shape)}")
     weights = LayerWeights(*(None if x is None else x.detach() for x in layer.weights))  # pyright: ignore
     return layer._replace(weights=weights)
 

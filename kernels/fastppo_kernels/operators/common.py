@@ -59,7 +59,7 @@ def looked_at(*tensors: Tensor) -> bool:
     Otherwise a kernel is called without it: on a CPU it takes 0.1 ms for an operator that writes to its inputs, which
     is more than the attention of a small model's token.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     profiled = torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     modes = torch._C._len_torch_dispatch_stack()

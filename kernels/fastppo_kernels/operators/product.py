@@ -8,7 +8,10 @@ from fastppo_kernels import native
 
 @torch.library.custom_op("fastppo::product", mutates_args=())
 def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a @ b.T + bias: a transposed view would be a result of its own to them."""
+    """a @ b.T + bias: a transposed view would be a result of its own to them.
+
+    Not differentiable: `linear` and the heads, which call it, have backwards of their own.
+    """
     return native.matmul(a, b.T, bias)
 
 
