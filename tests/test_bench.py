@@ -207,7 +207,7 @@ def test_a_red_check_prints_no_speed(tmp_path: Path, capsys):
         harness.measure(case(1.01, 1.0), options("--out", str(out)))
     assert not out.exists() and capsys.readouterr().out == ""
     lines = {r["variant"]: r for r in harness.measure(case(1.0, 1.1), options("--out", str(out)))}
-    assert "median_ms" not in lines["peer"] and "not timed" in lines["peer"]["skipped"]
+    assert "median_ms" not in lines["peer"] and "exceeds" in lines["peer"]["skipped"]
     assert lines["absent"]["skipped"] == "not installed" and lines["fastppo"]["median_ms"] > 0
     assert {r["variant"] for r in records.read(out)} == {"fastppo", "peer", "absent"}
 

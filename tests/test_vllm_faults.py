@@ -27,7 +27,10 @@ def test_a_dead_server_is_waited_for(vllm_server: Serve, tmp_path: Path, capsys:
     threading.Timer(0.3, server.start).start()
     assert responses(made.generate(prompts(6), DRAWN)) == expected
     out = capsys.readouterr().out
-    assert out.count("waiting 20 s for one to come back") == 1 and "is back, it gets the weights again" in out
+    assert (
+        out.count("waiting 20 s for one of rollout.vllm.servers to start or to come back") == 1
+        and "is back, it gets the weights again" in out
+    )
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

@@ -173,7 +173,7 @@ def _checked(variant: Variant, case: Case, *, must: bool) -> float | str:
     except Exception as exception:  # a peer may fail in any way
         if must:
             raise
-        return _reason(exception)
+        return _reason(exception).removeprefix("ValueError: not timed: ")
 
 
 def _error(variant: Variant, case: Case) -> float:

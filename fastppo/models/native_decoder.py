@@ -81,8 +81,9 @@ def native_layers_of(model: PreTrainedModel) -> list[NativeLayer] | None:
 def _whole(layer: Any) -> LayerParts | None:
     """The parts of a layer that is still what was tried."""
     tried: Tried | None = getattr(layer, "tried_natively", None)
-    parts = None if tried is None else parts_of(layer)
-    return parts if parts is not None and tried is not None and numbers_of(layer.self_attn) == tried.numbers else None
+    if tried is None or numbers_of(layer.self_attn) != tried.numbers:
+        return None
+    return parts_of(layer)
 
 
 def _native(layer: Any, parts: LayerParts) -> NativeLayer:

@@ -242,7 +242,10 @@ class VLLMEngine:
 
     def _wait_for_one(self) -> Server:
         end, reason = time.monotonic() + self.config.wait_s, ""
-        waits = f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one to come back"
+        waits = (
+            f"rollout: no vLLM server answers, waiting {self.config.wait_s:.0f} s for one of rollout.vllm.servers to "
+            "start or to come back (docs/rollout.md says how to start one)"
+        )
         while time.monotonic() < end and not self._stopped.is_set():
             self._say("gone", waits)
             for server in self.servers:

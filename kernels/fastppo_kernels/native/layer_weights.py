@@ -43,11 +43,7 @@ class LayerSettings(NamedTuple):
 
 
 def check_weights(w: LayerWeights, width: int) -> None:
-    """Whether these are of a layer with heads of `width`.
-
-    Raises:
-        ValueError: one is missing or not float32 on the CPU, or a shape does not fit.
-    """
+    """Raise ValueError unless these are there, float32 on the CPU, and of a layer with heads of `width`."""
     for name, x in w._asdict().items():
         if x is None and name not in OPTIONAL:
             raise ValueError(f"{name} must be given: of the weights of a layer {', '.join(OPTIONAL)} may be None")
@@ -71,7 +67,7 @@ def check_weights(w: LayerWeights, width: int) -> None:
 
 
 def check_float32(name: str, x: Tensor) -> None:
-    """Raises ValueError where a kernel cannot read this."""
+    """Raise ValueError unless a kernel can read `x`."""
     if x.dtype != torch.float32 or not x.is_cpu or type(x) not in (Tensor, torch.nn.Parameter):
         raise ValueError(
             f"{name} must be a float32 tensor on the CPU, got a {type(x).__name__} of {x.dtype} on {x.device}"
