@@ -70,7 +70,7 @@ CASES = (
     Case("full, keys and values kept", keep_memory=True),
     Case("full, evaluation of 64 prompts", evaluated=64),
     Case("full, four minibatches, roll-back", num_minibatches=4, roll_back=True),
-    Case("full, layers in C++", fused="native"),  # a plan takes them for the modules, which keep up to 6 % more
+    Case("full, layers in C++", fused="native"),  # a plan takes them for the modules, which keep more
     Case("full, layers in C++, checkpointing", fused="native", checkpointing="full"),
 )
 UNEVEN = (  # a plan takes every prompt to be as long as the longest: it may be above what is measured, never below

@@ -162,7 +162,7 @@ def check(variant: Variant, case: Case, leeway: float = 1.0) -> float:
     """
     error, allowed = _error(variant, case), case.tolerance * leeway
     if not error <= allowed and _truth(variant, case):
-        raise ValueError(f"not timed: error {error:.1e} of {case.op} {case.setting} exceeds {allowed:.0e}")
+        raise ValueError(f"error {error:.1e} of {case.op} {case.setting} exceeds {allowed:.0e}")
     return error
 
 
@@ -173,7 +173,7 @@ def _checked(variant: Variant, case: Case, *, must: bool) -> float | str:
     except Exception as exception:  # a peer may fail in any way
         if must:
             raise
-        return _reason(exception).removeprefix("ValueError: not timed: ")
+        return _reason(exception)
 
 
 def _error(variant: Variant, case: Case) -> float:
