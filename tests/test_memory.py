@@ -125,12 +125,12 @@ def test_a_dry_run_adds_gradients_where_autograd_does() -> None:
 
 
 def test_a_gradient_that_is_expanded_has_no_room_for_a_sum() -> None:
-    with dry_run() as ledger:
+    summed: list[int] = []
+    with dry_run():
         y = torch.zeros(1000, 1000, requires_grad=True) * 1
-        loss = y.sum() + y.square().sum()
-        with ledger.labelled("backward"):
-            loss.backward()
-    assert ledger.peak["backward"] >= 8_000_000
+        y.register_hook(lambda gradient: summed.append(gradient.untyped_storage().nbytes()))
+        (y.square().sum() + y.sum()).backward()
+    assert summed == [4_000_000]
 
 
 def test_a_plan_needs_config_json_alone_and_no_memory(tmp_path: Path) -> None:
