@@ -23,6 +23,7 @@ from typing import Any
 
 import accelerate
 import datasets
+import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -196,6 +197,7 @@ def main() -> None:
     """Runs TRL's own training loop once and prints the record."""
     arguments = parse_arguments()
     torch.set_num_threads(setting_of(arguments).threads)
+    np.random.seed(setting_of(arguments).sampling_seed)  # TRL orders its minibatches by numpy and seeds only torch
     clock = IterationClock()
     # TRL prints a banner: standard output is kept for the JSON line. The models are built inside the block,
     # so their weights count as memory of the run.
