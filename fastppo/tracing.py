@@ -2,21 +2,24 @@
 
 The first iteration after the start warms up, the next two are recorded. The run folder gets `trace.json.gz`, for
 chrome://tracing or Perfetto, and `profile.txt`: for each phase the ten operators with the most time of their own, on
-the device where there is one.
+the device where there is one. What runs there without an operator, as a replayed CUDA graph does, is listed by kernel.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 RECORDED = 2  # iterations
 LISTED = 10  # operators of a phase
 PREFIX = "phase/"
+CALL = re.compile("(cuda|cu|hip)[A-Z]")  # the driver's functions, such as cudaLaunchKernel
 
 
 class Trace:
@@ -69,15 +72,16 @@ def write(made: Any, folder: Path) -> None:
 
 def table(events: Any) -> str:
     """A table for each phase, the phases in the order in which they ran."""
-    phases = sorted((e for e in events if e.name.startswith(PREFIX)), key=lambda e: e.time_range.start)
-    on_device = any(_device_us(e) > 0 for e in events)
-    spent: Callable[[Any], float] = _device_us if on_device else lambda e: e.self_cpu_time_total
+    host = [e for e in events if e.device_type == DeviceType.CPU]  # the device repeats the phases, when it gets to them
+    phases = sorted((e for e in host if e.name.startswith(PREFIX)), key=lambda e: e.time_range.start)
+    on_device = any(e.self_device_time_total > 0 for e in events)
+    spent = _on_device(events) if on_device else [(e, e.name, e.self_cpu_time_total) for e in host]
     totals: dict[str, dict[str, list[float]]] = {e.name: defaultdict(lambda: [0.0, 0]) for e in phases}
-    for event in events:
+    for event, listed_as, us in spent:
         phase = next((p for p in phases if _within(event, p)), None)
         if phase is not None and not event.name.startswith(PREFIX):
-            entry = totals[phase.name][event.name]
-            entry[0] += spent(event) / 1e3
+            entry = totals[phase.name][listed_as]
+            entry[0] += us / 1e3
             entry[1] += 1
     where = "device" if on_device else "CPU"
     return "\n".join(_table(name, found, where) for name, found in totals.items())
@@ -97,5 +101,27 @@ def _within(event: Any, phase: Any) -> bool:
     return phase.time_range.start <= event.time_range.start <= phase.time_range.end
 
 
-def _device_us(event: Any) -> float:
-    return float(getattr(event, "self_device_time_total", 0.0))
+def _on_device(events: Any) -> Iterator[tuple[Any, str, float]]:
+    """What the host did, what to list it as, and the microseconds of the kernels it launched.
+
+    A kernel counts once and by its launch, as it may run when the host is a phase further on.
+    """
+    found = [e for e in events if not e.is_user_annotation]  # their kernels count already
+    host = [e for e in found if e.device_type == DeviceType.CPU]
+    calls = {e.id: e for e in host if CALL.match(e.name)}
+    # a call's own time is left out: torch gives it the kernels of the operator with the same number
+    yield from ((e, e.name, e.self_device_time_total) for e in host if not CALL.match(e.name))
+    for kernel in (e for e in found if e.device_type != DeviceType.CPU):
+        call = calls.get(kernel.id)
+        if call is not None and not _by_operator(kernel, call):
+            yield call, kernel.name, kernel.self_device_time_total
+
+
+def _by_operator(kernel: Any, call: Any) -> bool:
+    """Whether an operator launched it, whose time then has it."""
+    if (operator := getattr(kernel, "linked_correlation_id", None)) is not None:
+        return operator > 0
+    parent = call.cpu_parent  # torch 2.11 does not say
+    while parent is not None and (parent.is_user_annotation or CALL.match(parent.name)):
+        parent = parent.cpu_parent
+    return parent is not None
