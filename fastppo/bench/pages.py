@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fastppo.bench import pictures, records
-from fastppo.bench.records import Record
+from fastppo.bench.records import OURS, Record
 from fastppo.bench.step import PHASES
 from fastppo.checks import require
 
@@ -21,7 +21,8 @@ Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again a
   sampling, the gap between the log-probs of the tokens and the trainer's, as a share of what is allowed. A dash:
   nothing to compare with. An iteration is checked for its optimizer steps and its first ratio.
 - times: medians over rounds in which all variants ran in turn, with the 20th and 80th percentiles; "x fastppo" is the
-  median over rounds of the ratio.
+  median over rounds of the ratio. Ratios are taken within a run: where the time that one is over was measured again
+  later, a note says about what it was then.
 - of floor: the least time that the least bytes or the least operations take at the copy and matmul rates measured on
   the same machine, over the time. MFU: the share of that matmul rate (for a step, model operations, none counted
   twice).
@@ -68,10 +69,10 @@ def pages(folder: Path, docs: Path) -> dict[Path, str]:
         len(files) > 0, f"{str(folder)!r} has no *.jsonl: `fastppo bench SUITE --out {folder}/NAME.jsonl` writes some"
     )
     lines = (line for path in files for line in records.read(path))
-    found = newest(line for line in lines if line.get("suite") in TITLES)  # memory plans are on a page of their own
+    shown = newest(line for line in lines if line.get("suite") in TITLES)  # memory plans are on a page of their own
+    found = explained(shown)
     out: dict[Path, str] = {}
-    shown = os.path.relpath(folder, docs.parent.parent).replace(os.sep, "/")
-    text = [INTRO.format(folder=shown)]
+    text = [INTRO.format(folder=os.path.relpath(folder, docs.parent.parent).replace(os.sep, "/"))]
     for device, lines in by(found, lambda r: r["machine"]["device"]):
         text += [f"\n## {device}\n", machine_text(lines)]
         for suite, title in TITLES.items():
@@ -89,11 +90,38 @@ def pages(folder: Path, docs: Path) -> dict[Path, str]:
 
 def newest(lines: Iterable[Record]) -> list[Record]:
     """Of measurements of the same thing, the last; in order of first appearance."""
-    found: dict[tuple[str, ...], Record] = {}
-    for line in lines:
-        what = line.get("suite", ""), line["op"], str(line["setting"]), line["variant"]
-        found[*what, line["machine"]["device"], str(line["machine"].get("threads", 0))] = line
-    return list(found.values())
+    return list({thing(line): line for line in lines}.values())
+
+
+def thing(r: Record) -> tuple[str, ...]:
+    """What was measured, and where."""
+    what = r.get("suite", ""), r["op"], str(r["setting"]), r["variant"]
+    return *what, r["machine"]["device"], str(r["machine"].get("threads", 0))
+
+
+def explained(lines: Sequence[Record]) -> list[Record]:
+    """The lines of a page, with notes on the ratios that its times contradict."""
+    shown = {thing(r): r for r in lines}
+    return [r | {"note": "; ".join(filter(None, [r.get("note", ""), *of_another_run(r, shown)]))} for r in lines]
+
+
+def of_another_run(r: Record, shown: dict[tuple[str, ...], Record]) -> list[str]:
+    """Of its ratios, those to a time that is not the one shown; the medians tell about what that was."""
+    over = {
+        "times_fastppo": r | {"variant": OURS},
+        "times_fixed": r | {"setting": r["setting"] | {"lengths": "fixed"}},
+    }
+    headings = {name: heading for name, heading, _ in COLUMNS}
+    return [
+        f"{headings[name]} is over about {r['median_ms'] / r[name]:.4g} ms, of another run"
+        for name, other in over.items()
+        if name in r and not same_run(r, shown.get(thing(other), {}))
+    ]
+
+
+def same_run(a: Record, b: Record) -> bool:
+    """The rates of a machine are measured once per process, the yardstick beside the variants of a case."""
+    return all(a.get(name) == b.get(name) for name in ("machine", records.YARDSTICK))
 
 
 def by(lines: Iterable[Record], key: Callable[[Record], str]) -> list[tuple[str, list[Record]]]:
@@ -107,8 +135,7 @@ def by(lines: Iterable[Record], key: Callable[[Record], str]) -> list[tuple[str,
 def group_of(r: Record) -> str:
     """What shares a table: the variants of a case; the phases of a setting."""
     first = "" if r["suite"] == "step" else r["op"]
-    threads = {} if "threads" not in r["machine"] else {"threads": r["machine"]["threads"]}
-    return f"{first} {records.setting_text({**threads, **r['setting']})}".strip()
+    return f"{first} {records.setting_text(pictures.whole_setting(r))}".strip()
 
 
 def machine_text(lines: Sequence[Record]) -> str:
@@ -133,7 +160,7 @@ def machine_text(lines: Sequence[Record]) -> str:
 def drawn(suite: str, lines: Sequence[Record]) -> str | None:
     """The picture of a suite, if it has one."""
     if suite == "kernels" and any(r.get("least_flops") for r in lines):
-        return pictures.roofline(lines, lines[-1]["machine"])
+        return pictures.roofline(lines)
     if suite == "step" and any("median_ms" in r for r in lines):
         return pictures.phase_bars(lines, PHASES)
     return None
