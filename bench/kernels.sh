@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 file=${1:?usage: bash bench/kernels.sh FILE [options]}
 shift
 python=${PYTHON:-.venv/bin/python}
-for op in logits_ppo_loss linear_ppo_loss token_logprobs ppo_loss value gae sample decode_attention; do
+for op in $("$python" -c 'from fastppo.bench.ops import OPS; print(*OPS)'); do
     printf '\n=== [%4d s] %s\n' "$SECONDS" "$op"
     "$python" -m fastppo bench kernels --ops "$op" --out "$file" "$@"
 done

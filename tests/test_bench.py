@@ -6,8 +6,11 @@ import os
 import random
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from fastppo import models
 from fastppo.bench import arguments, compare, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
-from fastppo.bench.machine import cpu_name, machine
+from fastppo.bench.machine import cpu_name, machine, seconds_per_call
 from fastppo.bench.ops import OPS
 from fastppo.bench.step_settings import parser, settings
 from fastppo.checks import InputError
@@ -223,6 +226,55 @@ def test_going_on_leaves_out_what_is_there(tmp_path: Path):
     assert len(records.read(tmp_path / "out")) == 2 * 3
 
 
+def test_a_wrong_result_stops_no_other_and_is_told_at_the_end(tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    argv = ["--device", "cpu", "--seconds", "0.01", "--out", str(out)]
+    wrong, right = (replace(case(x, 1.0), op=name) for x, name in ((1.01, "wrong"), (1.0, "right")))
+    with pytest.raises(ValueError, match="not timed:\nwrong R=2: .*exceeds"):
+        arguments.run(arguments.parser(None), lambda _: [wrong, right], argv)
+    found = {(r["op"], r["variant"]): r for r in records.read(out)}
+    assert "exceeds" in found["wrong", "fastppo"]["skipped"] and found["right", "fastppo"]["median_ms"] > 0
+    mended = replace(wrong, variants=case(1.0, 1.0).variants)
+    arguments.run(arguments.parser(None), lambda _: [mended], [*argv, "--go-on"])
+    assert records.read(out)[-3]["op"] == "wrong" and records.read(out)[-3]["median_ms"] > 0
+    assert "NOT TIMED wrong R=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", arguments.SAME)
+def test_going_on_measures_again_what_another_machine_or_commit_had(tmp_path: Path, name: str):
+    out, argv = tmp_path / "out", ["--device", "cpu", "--seconds", "0.01", "--go-on", "--out", str(tmp_path / "out")]
+    arguments.run(arguments.parser(None), lambda _: [case(1.0, 1.0)], argv)
+    lines = [{**r, "machine": {**r["machine"], name: "another"}} for r in records.read(out)]
+    out.unlink()
+    records.append(out, lines)
+    arguments.run(arguments.parser(None), lambda _: [case(1.0, 1.0)], argv)
+    assert len(records.read(out)) == 2 * len(lines)
+
+
+def test_caches_are_overwritten_before_every_call_and_not_timed():
+    done: list[str] = []
+
+    def slow() -> None:
+        done.append("before")
+        time.sleep(0.02)
+
+    wall, _ = seconds_per_call(lambda: done.append("run"), 3, "cpu", slow)
+    assert done == ["before", "run"] * 3 and wall < 0.01
+
+
+def test_a_variant_of_another_precision_is_held_to_its_own_floor():
+    made = case(1.0, 1.0)
+    half = harness.Variant(run=lambda: {}, num_bytes=4, dtype=torch.bfloat16)
+    assert made.work(half).num_bytes == 4 == made.work(harness.Variant(run=lambda: {})).num_bytes / 2
+    assert made.work(half).dtype == torch.bfloat16 != made.work(harness.Variant(run=lambda: {})).dtype
+
+
+def test_all_suites_take_only_what_each_of_them_has(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "all", "--repeats", "3"])
+    assert ended.value.code == 2 and "unrecognized arguments: --repeats 3" in capsys.readouterr().err
+
+
 def test_what_was_compared_with_nothing_has_no_error(tmp_path: Path):
     made = case(1.0, 1.0)
     made.variants["products"] = harness.Variant(run=lambda: {}, truth={})
@@ -357,15 +409,57 @@ def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch
     assert line["op"] == "iteration" and line["skipped"] == why
 
 
-def test_pictures_are_well_formed():
-    import xml.etree.ElementTree as ET
+def product(dtype: str, rate: float, **setting: Any) -> Record:
+    """An op of many operations per byte, on a machine of 100 GFLOP/s in float32 and 200 in bfloat16."""
+    line = record("a<b", [1.0]) | {"setting": {"dtype": dtype, **setting}}
+    line["machine"] |= {"matmul_float32_gflop_per_s": 100.0, "matmul_bfloat16_gflop_per_s": 200.0}
+    return line | {"least_flops": 1e9, "least_bytes": 1e6, "gflop_per_s": rate}
 
-    here: dict[str, Any] = {f"matmul_{t}_gflop_per_s": 100.0 for t in ("float32", "bfloat16")} | {"copy_gb_per_s": 20.0}
-    line = record("a<b", [1.0]) | {"least_flops": 1e9, "least_bytes": 1e7, "gflop_per_s": 50.0}
-    points = ET.fromstring(pictures.roofline([line], here)).findall(".//{http://www.w3.org/2000/svg}circle")
-    assert len(points) == 1 and points[0][0].text == "a<b R=4: 50 GFLOP/s"
+
+def drawn(suite: str, lines: list[Record], tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(pages.drawn(suite, lines) or "").iter("{http://www.w3.org/2000/svg}" + tag))
+
+
+def test_pictures_are_well_formed():
+    (point,) = drawn("kernels", [product("float32", 50.0, R=4)], "circle")
+    assert point[0].text == "a<b float32: 50 GFLOP/s"
     bars = [record(op, [3.0]) for op in ("rollout", "update")]
-    assert len(ET.fromstring(pictures.phase_bars(bars, step.PHASES))) == 1 + 2 * 7 + 1 + 7 + 1
+    assert len(ElementTree.fromstring(pictures.phase_bars(bars, step.PHASES))) == 1 + 2 * 7 + 1 + 7 + 1
+
+
+def test_no_two_points_share_a_title():
+    settings = [{"gradient": g, "H": h} for g in (False, True) for h in (8, 16)] + [{"length": n} for n in (4, 8)]
+    lines = [product(dtype, 50.0, **s) for dtype in ("float32", "bfloat16") for s in settings]
+    assert len({point[0].text for point in drawn("kernels", lines, "circle")}) == len(lines) == 12
+
+
+@pytest.mark.parametrize("dtypes", [("float32",), ("bfloat16",), ("float32", "bfloat16")])
+def test_a_roof_is_of_a_dtype_that_has_points(dtypes: tuple[str, ...]):
+    peaks = {"float32": 100.0, "bfloat16": 200.0}
+    lines = [product(dtype, peaks[dtype]) for dtype in dtypes]
+    said = [text.text for text in drawn("kernels", lines, "text") if (text.text or "").startswith("matmul")]
+    assert sorted(map(str, said)) == sorted(f"matmul {dtype} {peaks[dtype]:g} GFLOP/s" for dtype in dtypes)
+    roofs = {line.attrib["stroke"]: line.attrib["points"] for line in drawn("kernels", lines, "polyline")}
+    assert len(roofs) == len(dtypes)
+    for point in drawn("kernels", lines, "circle"):  # at its dtype's peak: on the flat part of the roof of its color
+        assert roofs[point.attrib["fill"]].split(",")[-1] == point.attrib["cy"]
+
+
+def test_every_setting_has_a_bar_of_its_own():
+    base = {"shape": "tiny", "dtype": "float32", "training": "full", "lengths": "fixed", "prompts": 64, "epochs": 2}
+    changes: list[dict[str, Any]] = [{}, {"training": "lora"}, {"prompts": 128}, {"training": "lora", "prompts": 128}]
+    lines = []
+    for i, change in enumerate(changes):
+        for ms, op in ((1.0 + i, "rollout"), (100.0, "update")):
+            lines.append(record(op, [ms]) | {"setting": base | change})
+    lines += [line | {"machine": line["machine"] | {"threads": 2}, "median_ms": 500.0} for line in lines[:2]]
+    texts = [text.text for text in drawn("step", lines, "text")][len(step.PHASES) :]
+    assert texts[1::2] == ["101 ms", "102 ms", "103 ms", "104 ms", "1000 ms"]
+    assert texts[::2] == [
+        *("threads=1 tiny float32 full prompts=64", "threads=1 tiny float32 lora prompts=64"),
+        *("threads=1 tiny float32 full prompts=128", "threads=1 tiny float32 lora prompts=128"),
+        "threads=2 tiny float32 full prompts=64",
+    ]
 
 
 def test_the_committed_page_and_pictures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
@@ -386,6 +480,27 @@ def test_a_page_has_a_table_for_what_was_timed_and_a_reason_for_what_was_not(tmp
     (text,) = pages.pages(tmp_path / "results", tmp_path / "docs" / "page.md").values()
     assert "## A GPU" in text and "absent: not timed, no" in text and "torch 2.13" in text
     assert "| fastppo | 9.25 |  |" in text and "1.5" in text and text.count("| fastppo |") == 1  # the last one counts
+
+
+@pytest.mark.parametrize("again", [set[str](), {"fastppo"}, {"fastppo", "a peer"}, {"fastppo", "a peer", "another"}])
+def test_a_ratio_is_the_quotient_of_the_table_or_says_what_it_is_over(again: set[str], tmp_path: Path):
+    """However much of a run was measured again."""
+    first = {"fastppo": 500.0, "a peer": 1000.0, "another": 4000.0}
+    second = {name: 1.25 * ms for name, ms in first.items() if name in again}
+    lines = []
+    for commit, run in (("abc", first), ("def", second)):
+        for name, ms in run.items():
+            line = record("a", [ms], variant=name) | {"times_fastppo": ms / run["fastppo"], "note": "slow"}
+            lines.append(line | {"machine": line["machine"] | {"commit": commit}})
+    written(tmp_path / "results" / "x.jsonl", lines)
+    (page,) = pages.pages(tmp_path / "results", tmp_path / "docs" / "page.md").values()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.endswith(" |")][2:]
+    shown = {name: float(ms) for name, ms, *_ in rows}
+    assert shown == first | second
+    for name, ms, ratio, note in rows:
+        over = shown["fastppo"] if note == "slow" else float(note.split("over about ")[1].split()[0])
+        assert float(ms) / over == float(ratio)
+        assert (note == "slow") == ((name in again) == ("fastppo" in again)), note
 
 
 def test_numbers_of_threads_do_not_share_a_table(tmp_path: Path):

@@ -45,10 +45,32 @@ def test_what_is_done_is_not_run_again_and_a_failure_stops_nothing(tmp_path: Pat
     out = tmp_path / "out"
     first = suite("--rehearse", "--out", str(out), python=str(broken))
     assert first.returncode == 1 and "step FAILED" in first.stdout and "=== [" in first.stdout
-    assert {p.stem for p in (out / "suite-rehearsal").glob("*.done")} == set(PARTS) - {"step"}
+    done = (out / "suite-rehearsal" / "done").read_text().splitlines()
+    assert [line.split()[1] for line in done] == [part for part in PARTS if part != "step"]
     second = suite("--rehearse", "--out", str(out), python=str(works))
     assert second.returncode == 0 and second.stdout.count("done before") == len(PARTS) - 1
     assert "again -m fastppo bench step" in second.stdout
+    printed = (out / "suite-rehearsal" / "log.txt").read_text()
+    assert "ran -m fastppo bench kernels" in printed and "again -m fastppo bench step" in printed
+    assert len([p for p in out.rglob("*") if p.is_file()]) <= 2, "measurements, what was printed and what is done"
+
+
+def test_another_commit_runs_all_parts_again(tmp_path: Path):
+    works = tmp_path / "works"
+    works.write_text('#!/bin/sh\necho ran "$*"\n')
+    works.chmod(0o755)
+    for commit in ("one", "two"):
+        done = suite("--rehearse", "--out", str(tmp_path / "out"), "--commit", commit, python=str(works))
+        assert done.returncode == 0 and "done before" not in done.stdout
+        assert f"bench kernels --device cpu --quick --threads 1 --go-on --commit {commit}" in done.stdout
+
+
+def test_every_test_of_tests_gpu_is_run():
+    patterns = re.findall(r"tests/gpu/test_\S+", SCRIPT.read_text())
+    listed = subprocess.run(["bash", "-c", f"echo {' '.join(patterns)}"], capture_output=True, text=True, check=True)
+    assert set(listed.stdout.split()) >= {
+        f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")
+    }
 
 
 @pytest.mark.slow

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastppo.bench import harness, records
-from fastppo.bench.records import Record
+from fastppo.bench.machine import machine
+from fastppo.bench.records import OURS, Record
+from fastppo.checks import InputError, require
 from fastppo_kernels.head import keep_freed_memory
+
+SAME = ("device", "threads", "commit", "versions")  # of the machine: what a measurement belongs to
 
 
 def parser(doc: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
@@ -61,13 +67,14 @@ def sizes(letters: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def start(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The parsed options, with the number of threads and the seed set."""
+    """The parsed options, with the number of threads and the seed set and the machine measured."""
     options = made.parse_args(argv)
     if options.device != "cpu" and not torch.cuda.is_available():
         made.error(f"--device {options.device}, but torch finds no GPU here")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     keep_freed_memory()  # as where a model trains: else every result of a few MB is new pages
+    machine(options.device, options.seed, options.commit)  # before there is anything else in memory
     return options
 
 
@@ -76,17 +83,69 @@ def run(
     cases: Callable[[argparse.Namespace], Iterable[harness.Case]],
     argv: list[str] | None = None,
 ) -> None:
-    """A whole op: every case of the options on the command line."""
+    """A whole op: every case of the options on the command line.
+
+    Raises:
+        ValueError: after all of them, if results of fastppo were wrong; a record says so.
+    """
     options = start(made, argv)
+    failures = []
     for case in cases(options):
-        if not is_there(harness.head(case), options):
+        if is_there(harness.head(case), options):
+            continue
+        try:
             harness.measure(case, options)
+        except Exception as error:  # the cases after it are measured
+            failures += failed([harness.head(case) | {"variant": OURS}], error, options)
+    refuse(failures)
+
+
+def each(runs: Iterable[Callable[[], object]]) -> None:
+    """One after the other.
+
+    Raises:
+        ValueError: after all of them, what any of them refused.
+    """
+    failures = []
+    for run in runs:
+        try:
+            run()
+        except InputError as error:
+            failures.append(str(error))
+    require(not failures, "\n".join(failures))
+
+
+def failed(heads: Sequence[Record], error: Exception, options: argparse.Namespace) -> list[str]:
+    """Keep and print why settings were not timed; what `refuse` is to say at the end."""
+    traceback.print_exception(error)
+    why = f"{type(error).__name__}: {error}"
+    here = {"machine": machine(options.device, options.seed, options.commit)}
+    records.append(options.out, [head | {"skipped": why} | here for head in heads])
+    said = [f"{head['op']} {records.setting_text(head['setting'])}: {why}" for head in heads]
+    print(*(f"\nNOT TIMED {line}" for line in said), sep="\n")
+    return said
+
+
+def refuse(failures: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: there are some.
+    """
+    require(not failures, "\n".join(["not timed:", *failures]))
 
 
 def is_there(wanted: Record, options: argparse.Namespace) -> bool:
-    """Whether --go-on was asked for and --out holds records with the suite, op and setting of this one."""
+    """Whether --go-on was asked for and --out holds fastppo's time of this suite, op and setting.
+
+    Of this commit, on this device, beside these versions: what another had is measured again.
+    """
     if not options.go_on or options.out is None or not options.out.exists():
         return False
-    names = ("suite", "op", "setting")
-    asked = [json.loads(json.dumps(wanted[name])) for name in names]
-    return any([line.get(name) for name in names] == asked for line in records.read(options.out))
+    here = machine(options.device, options.seed, options.commit)
+
+    def key(line: Record, here: Record) -> list[Any]:
+        return [line.get(x) for x in ("suite", "op", "setting")] + [here.get(x) for x in SAME]
+
+    asked = json.loads(json.dumps(key(wanted, here)))
+    found = (x for x in records.read(options.out) if x["variant"] == OURS and "skipped" not in x)
+    return any(key(line, line.get("machine", {})) == asked for line in found)

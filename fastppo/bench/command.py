@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fastppo.bench import arguments, compare, end_to_end, pages, rollout, step
@@ -57,8 +58,12 @@ def bench(argv: list[str]) -> int:
 
 
 def _run(name: str, argv: list[str]) -> None:
-    for suite in SUITES if name == "all" else [name]:
-        SUITES[suite](argv)
+    """One suite, or all of them with the options that all have; what fails in one does not stop the next."""
+    if name == "all":
+        common = argparse.ArgumentParser(prog="fastppo bench all", description=HELP, allow_abbrev=False)
+        arguments.add_common(common)
+        common.parse_args(argv)
+    arguments.each(partial(SUITES[suite], argv) for suite in (SUITES if name == "all" else [name]))
 
 
 def _run_and_compare(name: str, argv: list[str], old: Path, max_ratio: float) -> int:
@@ -93,8 +98,7 @@ def kernels(argv: list[str]) -> None:
     if {"-h", "--help"}.intersection(rest) and len(mine.ops) > 1:
         made.print_help()
         print("\nand, of every op:")
-    for op in mine.ops:
-        arguments.run(OPS[op].parser(), OPS[op].cases, rest)
+    arguments.each(partial(arguments.run, OPS[op].parser(), OPS[op].cases, rest) for op in mine.ops)
 
 
 SUITES: dict[str, Callable[[list[str]], None]] = {

@@ -207,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments.start(parser(), argv)
+    require(options.device == "cpu", f"end-to-end sets both systems up for a CPU, got --device {options.device}")
     if options.quick:
         options.rounds, options.iterations, options.seeds, options.reward_iterations = 1, 3, 1, 3
     parts = {"speed": speed, "reward": reward}

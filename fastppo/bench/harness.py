@@ -1,10 +1,10 @@
 """Times variants of one op against each other: outputs checked first, then in turn, in one process.
 
 A variant that does not match float64 is not timed. Rounds run every variant once, in order, so a slow minute of the
-machine meets all of them, and a yardstick that no commit changes; caches are overwritten before each. Ratios are taken
-round by round, and their median is what to quote. On a GPU every variant is timed once more as a CUDA graph. The least
-bytes and operations of an op are written out by its module in `ops`; `records` makes shares of the copy and matmul
-rates of this machine of them.
+machine meets all of them, and a yardstick that no commit changes; caches are overwritten before each call. Ratios are
+taken round by round, and their median is what to quote. On a GPU what is short is timed once more as a CUDA graph. The
+least bytes and operations of an op are written out by its module in `ops`; `records` makes shares of the copy and
+matmul rates of this machine of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastppo.bench.records import OURS, Record, Work
 
 Outputs = Mapping[str, Tensor]
 YARDSTICK = "yardstick"
-GRAPH_ROUNDS = 15
+GRAPH_ROUNDS, GRAPH_BELOW = 15, 5e-3  # seconds: of longer calls, launches are no part
 LEAST_ROUNDS = 5  # fewer say nothing about the noise
 PEERS_LEEWAY = 20.0  # some work in bfloat16 throughout; the error stands beside the time
 
@@ -50,6 +50,10 @@ class Variant:
     """What to know when comparing."""
     graph: bool = True
     """Whether, on a GPU, it is timed as a CUDA graph too: not what runs threads or waits for the device."""
+    num_bytes: float | None = None
+    """Replaces the least bytes of the case for a variant that keeps its tensors in another precision."""
+    dtype: torch.dtype | None = None
+    """Replaces that of the case for a variant that multiplies in another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,10 @@ class Case:
     """Of this commit, to be read beside the numbers; not part of what is measured, which `setting` says."""
     suite: str = "kernels"
 
-    @property
-    def work(self) -> Work:
+    def work(self, variant: Variant) -> Work:
         """The least that must be done, for a floor."""
-        return Work(self.num_bytes, self.flops, self.dtype, self.tokens)
+        num_bytes = self.num_bytes if variant.num_bytes is None else variant.num_bytes
+        return Work(num_bytes, self.flops, variant.dtype or self.dtype, self.tokens)
 
 
 def peer(module: str, make: Callable[[Any], Variant]) -> Variant | str:
@@ -118,7 +122,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
     times = _rounds(variants, options)
     lines = [
         {**head(case), "variant": name, "note": v.note}
-        | records.numbers(times[name].wall, case.work, options.device)
+        | records.numbers(times[name].wall, case.work(v), options.device)
         | records.shortened(
             {
                 "cpu_ms": 1e3 * statistics.median(times[name].cpu),
@@ -128,7 +132,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[Record]:
             }
         )
         | {records.YARDSTICK: [records.short(1e3 * x) for x in times[YARDSTICK].wall]}
-        | _graph(v, options.device)
+        | _graph(v, statistics.median(times[name].wall), options.device)
         for name, v in variants.items()
     ]
     lines += [{**head(case), "variant": name, "skipped": why} for name, why in skipped.items()]
@@ -216,35 +220,38 @@ def _rounds(variants: dict[str, Variant], options: argparse.Namespace) -> dict[s
 
 
 def _calls(variant: Variant, device: str) -> int:
-    """Calls per round, so that a round of a short variant lasts two milliseconds; a warm-up too."""
-    if variant.before:
-        _time(variant, 1, device, lambda: None)
-        return 1
-    seconds = min(_time(variant, 1, device, lambda: None)[0] for _ in range(3))  # the first warms up
-    return max(1, min(200, math.ceil(2e-3 / max(seconds, 1e-6))))
+    """Calls per round, so that a round of a short variant lasts two milliseconds or ten calls; a warm-up too."""
+    seconds = _time(variant, 1, device, lambda: None)[0]
+    if seconds < 0.02:  # the first, of what is short, warms up
+        seconds = min(_time(variant, 1, device, lambda: None)[0] for _ in range(2))
+    return max(1, min(10, math.ceil(2e-3 / max(seconds, 1e-6))))
 
 
 def _time(variant: Variant, calls: int, device: str, flush: Callable[[], Any]) -> tuple[float, float]:
     """(wall, CPU) seconds per call, the caches overwritten after what comes before it."""
-    if variant.before:
-        variant.before()
-    flush()
-    return seconds_per_call(variant.run, calls, device)
+
+    def before() -> None:
+        if variant.before:
+            variant.before()
+        flush()
+
+    return seconds_per_call(variant.run, calls, device, before)
 
 
-def _graph(variant: Variant, device: str) -> Record:
+def _graph(variant: Variant, seconds: float, device: str) -> Record:
     """On a GPU, the time of the kernels alone: the call captured in a CUDA graph, or why it cannot be.
 
     Between two events an eager call of a few short kernels takes as long as Python needs to launch them.
     """
-    if device == "cpu" or not variant.graph:
+    if device == "cpu" or not variant.graph or seconds > GRAPH_BELOW:
         return {}
     if variant.before:
         variant.before()
     try:
-        replay = captured(variant.run)
-        calls = _calls(Variant(run=lambda: replay() or {}), device)
-        times = [seconds_per_call(replay, calls, device)[0] for _ in range(GRAPH_ROUNDS)]
+        replay, flush = captured(variant.run), cache_flush(device)
+        again = Variant(run=lambda: replay() or {}, before=variant.before)
+        calls = _calls(again, device)
+        times = [_time(again, calls, device, flush)[0] for _ in range(GRAPH_ROUNDS)]
     except Exception as error:  # of a peer as of the op: whatever waits for the device fails in its own way
         torch.cuda.synchronize()
         return {"no_graph": _reason(error)}

@@ -28,20 +28,35 @@ PACKAGES = (
 GIT = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
 
 
-def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
-    """(wall, CPU) seconds per call. On a GPU the first is between two CUDA events, the second NaN."""
+def seconds_per_call(
+    run: Callable[[], object], calls: int, device: str, before: Callable[[], object] = lambda: None
+) -> tuple[float, float]:
+    """(wall, CPU) seconds per call, without `before`, which runs before each.
+
+    On a GPU the first is between two CUDA events, the second NaN.
+    """
     if device != "cpu":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls, math.nan
-    wall, cpu = time.perf_counter(), time.process_time()
+        return _seconds_on_gpu(run, calls, before), math.nan
+    wall = cpu = 0.0
     for _ in range(calls):
+        before()
+        wall_before, cpu_before = time.perf_counter(), time.process_time()
         run()
-    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+        wall += time.perf_counter() - wall_before
+        cpu += time.process_time() - cpu_before
+    return wall / calls, cpu / calls
+
+
+def _seconds_on_gpu(run: Callable[[], object], calls: int, before: Callable[[], object]) -> float:
+    """The device is waited for once, at the end: while it works on what is before a call, Python launches the call."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in "be"] for _ in range(calls)]
+    for begin, end in events:
+        before()
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in events) / 1e3 / calls
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
@@ -57,9 +72,21 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except Exception:
+        torch.cuda.synchronize()
+        _out_of_capture()
+        raise
     return graph.replay
+
+
+def _out_of_capture() -> None:
+    """A capture that fails leaves the generator in it, and the next random tensor is refused: it gets a new state."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    fresh = torch.Generator("cuda").manual_seed(generator.initial_seed())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def copy_rate(device: str, threads: int | None = None) -> float:

@@ -115,7 +115,7 @@ def with_attention(policy: Any, variant: str) -> Callable[[], None]:
 
 
 def in_bfloat16(policy: Any, requests: Prompts, rows: int) -> Variant:
-    """The same weights, rounded. It reads half of the bytes that the case counts."""
+    """The same weights, rounded."""
     half = copy.deepcopy(policy)
     for p in half.parameters():
         p.data = p.data.bfloat16()
@@ -123,6 +123,8 @@ def in_bfloat16(policy: Any, requests: Prompts, rows: int) -> Variant:
         run=partial(fastppo, EmbeddedEngine(half, max_rows=rows), requests),
         pick=partial(log_prob_gap, half),
         note="weights rounded to bfloat16",
+        num_bytes=least_bytes(Sizes.of(half), requests, rows),
+        dtype=torch.bfloat16,
     )
 
 
@@ -147,6 +149,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                     run=partial(run, requests),
                     before=with_attention(policy, variant),
                     truth=None if variant == harness.OURS else {},
+                    graph=False,
                 )
                 for variant, run in runs.items()
             }

@@ -39,8 +39,12 @@ LARGEST_RATIO = {"float32": 1.01, "bfloat16": 1.2}  # of the policy to itself be
 
 
 def run(options: argparse.Namespace) -> list[Record]:
-    """Measure, print and keep every setting; one that cannot run is a record that says why."""
-    made: list[Record] = []
+    """Measure, print and keep every setting; one that cannot run is a record that says why.
+
+    Raises:
+        ValueError: after all of them, if iterations of fastppo failed or did not do what they should.
+    """
+    made, failures = [], []
     missing = (s for s in settings(options) if not arguments.is_there(head(s, "iteration"), options))
     for _, group in groupby(missing, key=lambda s: s.model):
         chosen = list(group)
@@ -49,15 +53,20 @@ def run(options: argparse.Namespace) -> list[Record]:
             lines = skipped(chosen, why) if why else measure(chosen, options)
         except torch.OutOfMemoryError as error:
             lines = skipped(chosen, f"out of memory: {str(error).splitlines()[0]}")
+        except Exception as error:  # the shapes after it are measured
+            failures += arguments.failed([head(setting, "iteration") for setting in chosen], error, options)
+            lines = []
         for setting in chosen:
             mine = [line for line in lines if line["setting"] == asdict(setting)]
-            records.show(f"step  {records.setting_text(asdict(setting))}", mine, label="op")
+            if mine:
+                records.show(f"step  {records.setting_text(asdict(setting))}", mine, label="op")
         here = machine(options.device, options.seed, options.commit)
         records.append(options.out, [line | {"machine": here} for line in lines])
         made += lines
         gc.collect()
         if options.device != "cpu":
             torch.cuda.empty_cache()
+    arguments.refuse(failures)
     return made
 
 

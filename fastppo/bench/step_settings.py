@@ -10,7 +10,7 @@ import torch
 
 from fastppo.bench import arguments
 from fastppo.bench.lengths import LENGTHS
-from fastppo.bench.shapes import SHAPES, config_of
+from fastppo.bench.shapes import SHAPES, config_of, num_parameters
 from fastppo.config_inputs import Dtype
 
 TRAINING = ("full", "lora")
@@ -82,7 +82,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     )
     arguments.add_common(made)
     gpu = torch.cuda.is_available()
-    shapes = [s for s in SHAPES if s != "tiny"] if gpu else ["tiny"]
+    by_size = sorted(SHAPES, key=lambda s: num_parameters(config_of(s)))  # what a time limit cuts off is the largest
+    shapes = [s for s in by_size if s != "tiny"] if gpu else ["tiny"]
     made.add_argument("--shape", nargs="+", choices=SHAPES, default=shapes)
     made.add_argument("--dtype", nargs="+", choices=get_args(Dtype), default=["bfloat16" if gpu else "float32"])
     made.add_argument("--training", nargs="+", choices=TRAINING, default=list(TRAINING))

@@ -19,6 +19,7 @@ from fastppo import (
     attention,
     models,
 )
+from fastppo.bench.ops import OPS
 from fastppo.microbatch import gather
 from fastppo.rollout import EmbeddedEngine, GenerateBatchEngine, graphs
 from fastppo.score import action_logprobs
@@ -84,6 +85,31 @@ def test_a_hundred_runs_are_bitwise_equal(dtype):
     first = run()
     for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+MANY = {  # shapes whose programs fill the GPU several times
+    "logits_ppo_loss": "2048,32000",
+    "token_logprobs": "2048,256,32000",
+    "ppo_loss": "64,1024",
+    "value": "4096,896",
+    "gae": "512,1024",
+    "sample": "256,32000",
+    "decode_attention": "64,14,2,64,512",
+}
+
+
+@pytest.mark.parametrize("op", MANY)
+def test_a_hundred_runs_of_the_other_ops_are_bitwise_equal(op):
+    argv = ["--device", DEVICE, "--dtypes", "bfloat16", "--entropy", "True", "--shapes", MANY[op]]
+    for case in OPS[op].cases(OPS[op].parser().parse_args(argv)):
+        ours = case.variants["fastppo"]
+        first: dict[str, torch.Tensor] = {}
+        for _ in range(101):
+            if ours.before:
+                ours.before()
+            made = {name: x.clone() for name, x in ours.run().items()}
+            first = first or made
+            assert all(torch.equal(x, first[name]) for name, x in made.items()), case.setting
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 127, 50257, 128256, 151936])

@@ -113,7 +113,7 @@ def liger_variant(p: HeadProblem, compiled: bool, module: Any) -> Variant:
     """All sequences in one chunk of Liger's, which is the quickest: its own tiles bound the memory."""
     options = {"beta": 0.0, "use_ref_model": False, "epsilon_low": CLIP, "epsilon_high": CLIP, "loss_type": "bnpo"}
     loss = module.LigerFusedLinearGRPOLoss(compiled=compiled, chunk_size=p.rows.sequences[0], **options)
-    return Variant(run=lambda: liger(p, loss), note="advantages per sequence")
+    return Variant(run=lambda: liger(p, loss), dtype=p.hidden.dtype, note="advantages per sequence")
 
 
 def verl_kernel(module: Any, hidden: Tensor, weight: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
@@ -147,9 +147,13 @@ def variants(p: HeadProblem) -> dict[str, Variant | str]:
     hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
     chunk = default_chunk_size(weight.shape[0], weight.shape[1], hidden.device)
 
+    def whole(loss: Any, note: str = "") -> Variant:
+        """A peer's loss; the peers multiply what they are given, on a CPU too."""
+        return Variant(run=partial(by_autograd, p, loss), dtype=p.hidden.dtype, note=note)
+
     def of(score: Score) -> Variant:
         """A peer that makes log-probs, under the same loss as the others."""
-        return Variant(run=partial(by_autograd, p, partial(scored_loss, score)), note="8 R V H")
+        return whole(partial(scored_loss, score), "8 R V H")
 
     no_entropy = "has no entropy" if p.rows.entropy_coef else ""
     made: dict[str, Variant | str] = {
@@ -158,17 +162,14 @@ def variants(p: HeadProblem) -> dict[str, Variant | str]:
         "three products, chunks": Variant(
             run=lambda: chunked_products(hidden, weight, chunk), truth={}, note="no loss"
         ),
-        "torch eager": Variant(run=lambda: by_autograd(p, head_loss)),
-        "torch.compile": Variant(run=partial(by_autograd, p, torch.compile(head_loss, dynamic=False))),
-        "TRL 1.16 chunked": harness.peer(
-            "trl.trainer.utils", lambda m: Variant(run=lambda: by_autograd(p, partial(trl_loss, m)), note="8 R V H")
-        ),
+        "torch eager": whole(head_loss),
+        "torch.compile": whole(torch.compile(head_loss, dynamic=False)),
+        "TRL 1.16 chunked": harness.peer("trl.trainer.utils", lambda m: whole(partial(trl_loss, m), "8 R V H")),
         "Liger scaled CE": harness.peer(LIGER_SCALED, lambda m: of(partial(liger_scaled, m))),
         "verl FusedLinearForPPO": harness.peer(VERL, lambda m: of(partial(verl, m))),
         "verl kernel": ("Triton: needs a GPU" if on_cpu else "")
         or harness.peer(VERL_KERNEL, lambda m: of(partial(verl_kernel, m))),
-        "AgileRL fused": no_entropy
-        or harness.peer(AGILERL, lambda m: Variant(run=lambda: by_autograd(p, partial(agilerl_loss, m)))),
+        "AgileRL fused": no_entropy or harness.peer(AGILERL, lambda m: whole(partial(agilerl_loss, m))),
         "Liger GRPO": no_entropy or harness.peer(LIGER, partial(liger_variant, p, False)),
         "Liger GRPO compiled": no_entropy or harness.peer(LIGER, partial(liger_variant, p, True)),
         "torch linear_cross_entropy": "cross-entropy only" if no_entropy else "not in this torch",
@@ -177,6 +178,7 @@ def variants(p: HeadProblem) -> dict[str, Variant | str]:
         made["torch linear_cross_entropy"] = Variant(
             run=lambda: by_autograd(p, cross_entropy),
             truth=head_truth(p, mean_cross_entropy),
+            dtype=p.hidden.dtype,
             note="cross-entropy, no PPO",
         )
     return made

@@ -105,7 +105,9 @@ def variants(p: HeadProblem, gradient: bool) -> dict[str, Variant | str]:
     hidden, weight = (x.float() if on_cpu else x for x in (p.hidden, p.weight))
 
     def of(score: Score, note: str = "") -> Variant:
-        return Variant(run=partial(run, p, score, gradient), note=note if gradient else "")
+        """The peers multiply what they are given, on a CPU too."""
+        dtype = None if score is fastppo else p.hidden.dtype
+        return Variant(run=partial(run, p, score, gradient), dtype=dtype, note=note if gradient else "")
 
     liger_module = "liger_kernel.chunked_loss.fused_linear_ppo"
     made: dict[str, Variant | str] = {
