@@ -5,15 +5,14 @@
 #   bash bench/gpu_suite.sh [--out DIR] [--wheels DIR] [--commit NAME] [--rehearse]
 # --out (bench/results): DEVICE-*.jsonl, and what was printed in suite-DEVICE/. What this commit has done is not run
 # again, neither a part nor a measurement: the same command goes on where the last one stopped. A part that fails or
-# runs out of its seconds does not stop the next; the exit status is 1 if any did. PYTHON=... picks an interpreter with
-# fastppo, pytest and hypothesis; --commit says what a copy without git is of. No network is used: --wheels installs
+# runs out of its seconds does not stop the next; the exit status is 1 if any did, or if there is no compute-sanitizer.
+# PYTHON=... picks an interpreter with fastppo, pytest and hypothesis; --commit says what a copy without git is of. No network is used: --wheels installs
 # what is missing from a folder (the peers are optional; a missing one is a row that says so):
 #   pip download --no-deps -d wheels hypothesis sortedcontainers tyro docstring-parser typeguard liger-kernel==0.8.5 trl==1.16.0
 # --rehearse: the same parts on a CPU at tiny sizes, to see that they run; without the time budgets, which are a GPU's.
 set -uo pipefail
 usage="usage: bash bench/gpu_suite.sh [--out DIR] [--wheels DIR] [--commit NAME] [--rehearse]"
-out=$(dirname "$0")/results wheels="" rehearse=""
-commit=$(git -C "$(dirname "$0")" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
+out=$(dirname "$0")/results wheels="" commit="" rehearse=""
 while [[ $# -gt 0 ]]; do
     case $1 in
         --rehearse) rehearse=yes && shift ;;
@@ -38,22 +37,24 @@ else
     # bfloat16 alone, which GPUs train in: a float32 head of 26 TFLOP takes half a second per call of each of nine variants
     quick=(--device cuda) models=(--models 0.5B) ops=(--dtypes bfloat16) shapes=(--prompts 32)
 fi
-quick+=(--go-on --commit "$commit")
-export logs=$out/suite-$slug memory_out=$out/$slug-memory.jsonl own rehearse
+# what a part that is done was run with; a copy without git and without --commit has no name, and does all again
+code=$("$PYTHON" -c 'import sys; from fastppo.bench.machine import commit_of, versions; print(sys.argv[1] or commit_of(), versions())' "$commit") || exit 2
+quick+=(--go-on ${commit:+--commit "$commit"})
+export logs=$out/suite-$slug own rehearse
 own=$(mktemp -d) # a log for each job; log.txt gets all of them
 trap 'rm -rf "$own"' EXIT
 mkdir -p "$logs"
-touch "$logs/done" # a line for each part, with the commit that it was run at
+touch "$logs/done"
 failed=0
 
 part() { # name, seconds it may take, command...
-    if grep -qxF "$commit $1" "$logs/done"; then
+    if [[ $code != unknown* ]] && grep -qxF "$code $1" "$logs/done"; then
         echo "=== $1: done before"
         return
     fi
     printf '\n=== [%4d s] %s\n' "$SECONDS" "$1"
     timeout "$([[ -n $rehearse ]] && echo 0 || echo "$2")" "${@:3}" 2>&1 | tee "$own/$1.log" &&
-        echo "$commit $1" >>"$logs/done" || { echo "$1 FAILED"; failed=1; }
+        echo "$code $1" >>"$logs/done" || { echo "$1 FAILED"; failed=1; }
     printf '\n=== %s\n' "$1" | cat - "$own/$1.log" >>"$logs/log.txt"
 }
 
@@ -104,7 +105,7 @@ sanitizer() { # reads and writes out of bounds; then threads that race for share
 
 memory() { # whether six runs fit, above and below what they take: the planner and the allocator
     "$PYTHON" bench/bench_memory.py verdict --device "$([[ -n $rehearse ]] && echo cpu || echo cuda)" \
-        --out "$memory_out" --only full "full, vocabulary 20000" "full, checkpointing" \
+        --out "$logs/memory.jsonl" --only full "full, vocabulary 20000" "full, checkpointing" \
         "full, bfloat16, one micro-batch" "full, tied embeddings" "full, selective"
 }
 export -f beside laws tests sanitizer memory

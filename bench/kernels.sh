@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 file=${1:?usage: bash bench/kernels.sh FILE [options]}
 shift
 python=${PYTHON:-.venv/bin/python}
-for op in $("$python" -c 'from fastppo.bench.ops import OPS; print(*OPS)'); do
+ops=$("$python" -c 'from fastppo.bench.ops import OPS; print(*OPS)')
+for op in $ops; do
     printf '\n=== [%4d s] %s\n' "$SECONDS" "$op"
     "$python" -m fastppo bench kernels --ops "$op" --out "$file" "$@"
 done

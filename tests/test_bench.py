@@ -19,7 +19,7 @@ from fastppo import models
 from fastppo.bench import arguments, compare, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
-from fastppo.bench.machine import cpu_name, machine, seconds_per_call
+from fastppo.bench.machine import UNKNOWN, commit_of, cpu_name, machine, seconds_per_call
 from fastppo.bench.ops import OPS
 from fastppo.bench.step_settings import parser, settings
 from fastppo.checks import InputError
@@ -240,6 +240,37 @@ def test_a_wrong_result_stops_no_other_and_is_told_at_the_end(tmp_path: Path, ca
     assert "NOT TIMED wrong R=2" in capsys.readouterr().out
 
 
+def test_a_case_that_cannot_be_made_stops_no_other_op():
+    done: list[str] = []
+
+    def broken() -> None:
+        raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(InputError, match="OutOfMemoryError: too large"):
+        arguments.each([broken, lambda: done.append("next")])
+    assert done == ["next"]
+
+
+def test_what_was_measured_is_no_change_of_the_code(tmp_path: Path):
+    """The name of a commit is that of the code, and changes to the code have a name each."""
+    code, result = tmp_path / "pyproject.toml", tmp_path / "bench" / "results" / "cpu.jsonl"
+    result.parent.mkdir(parents=True)
+    code.touch()
+    result.touch()
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = commit_of(tmp_path)
+    result.write_text("more")
+    assert commit_of(tmp_path) == clean and "dirty" not in clean
+    names = {clean}
+    for text in ("one", "two"):
+        code.write_text(text)
+        names.add(commit_of(tmp_path))
+    assert len(names) == 3 and all(name.startswith(clean) for name in names)
+    assert commit_of(tmp_path / "bench") == UNKNOWN
+
+
 @pytest.mark.parametrize("name", arguments.SAME)
 def test_going_on_measures_again_what_another_machine_or_commit_had(tmp_path: Path, name: str):
     out, argv = tmp_path / "out", ["--device", "cpu", "--seconds", "0.01", "--go-on", "--out", str(tmp_path / "out")]
@@ -409,11 +440,16 @@ def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch
     assert line["op"] == "iteration" and line["skipped"] == why
 
 
-def product(dtype: str, rate: float, **setting: Any) -> Record:
-    """An op of many operations per byte, on a machine of 100 GFLOP/s in float32 and 200 in bfloat16."""
+def product(dtype: str, rate: float, held: str | None = None, **setting: Any) -> Record:
+    """An op of many operations per byte, on a machine of 100 GFLOP/s in float32 and 200 in bfloat16.
+
+    Args:
+        held: the dtype whose rate it was held to, if not its own.
+    """
     line = record("a<b", [1.0]) | {"setting": {"dtype": dtype, **setting}}
     line["machine"] |= {"matmul_float32_gflop_per_s": 100.0, "matmul_bfloat16_gflop_per_s": 200.0}
-    return line | {"least_flops": 1e9, "least_bytes": 1e6, "gflop_per_s": rate}
+    peak = line["machine"][f"matmul_{held or dtype}_gflop_per_s"]
+    return line | {"least_flops": 1e9, "least_bytes": 1e6, "gflop_per_s": rate, "mfu": rate / peak}
 
 
 def drawn(suite: str, lines: list[Record], tag: str) -> list[ElementTree.Element]:
@@ -443,6 +479,18 @@ def test_a_roof_is_of_a_dtype_that_has_points(dtypes: tuple[str, ...]):
     assert len(roofs) == len(dtypes)
     for point in drawn("kernels", lines, "circle"):  # at its dtype's peak: on the flat part of the roof of its color
         assert roofs[point.attrib["fill"]].split(",")[-1] == point.attrib["cy"]
+
+
+def test_what_a_cpu_multiplies_in_float32_stands_under_the_roof_of_float32():
+    lines = [product("bfloat16", 80.0, held="float32")]
+    (said,) = [t.text for t in drawn("kernels", lines, "text") if (t.text or "").startswith("matmul")]
+    assert said == "matmul float32 100 GFLOP/s"
+
+
+def test_there_is_no_roofline_of_nothing_timed():
+    peers = product("float32", 50.0) | {"variant": "peer"}
+    ours = {k: peers[k] for k in ("op", "suite", "setting", "machine")} | {"variant": "fastppo", "skipped": "wrong"}
+    assert pages.drawn("kernels", [peers, ours]) is None
 
 
 def test_every_setting_has_a_bar_of_its_own():

@@ -38,15 +38,15 @@ def test_without_a_gpu_it_says_what_runs_here(tmp_path: Path):
 def test_what_is_done_is_not_run_again_and_a_failure_stops_nothing(tmp_path: Path):
     """With an interpreter that fails in one part, and then one that works."""
     broken, works = tmp_path / "broken", tmp_path / "works"
-    broken.write_text('#!/bin/sh\ncase "$*" in *" step "*) exit 3 ;; *) echo ran "$*" ;; esac\n')
-    works.write_text('#!/bin/sh\necho again "$*"\n')
+    broken.write_text('#!/bin/sh\ncase "$*" in -c*) echo code ;; *" step "*) exit 3 ;; *) echo ran "$*" ;; esac\n')
+    works.write_text('#!/bin/sh\ncase "$*" in -c*) echo code ;; *) echo again "$*" ;; esac\n')
     for file in (broken, works):
         file.chmod(0o755)
     out = tmp_path / "out"
     first = suite("--rehearse", "--out", str(out), python=str(broken))
     assert first.returncode == 1 and "step FAILED" in first.stdout and "=== [" in first.stdout
     done = (out / "suite-rehearsal" / "done").read_text().splitlines()
-    assert [line.split()[1] for line in done] == [part for part in PARTS if part != "step"]
+    assert [line.removeprefix("code ") for line in done] == [part for part in PARTS if part != "step"]
     second = suite("--rehearse", "--out", str(out), python=str(works))
     assert second.returncode == 0 and second.stdout.count("done before") == len(PARTS) - 1
     assert "again -m fastppo bench step" in second.stdout

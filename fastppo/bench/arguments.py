@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastppo.bench import harness, records
-from fastppo.bench.machine import machine
+from fastppo.bench.machine import UNKNOWN, machine
 from fastppo.bench.records import OURS, Record
 from fastppo.checks import InputError, require
 from fastppo_kernels.head import keep_freed_memory
@@ -44,7 +44,7 @@ def add_common(made: argparse.ArgumentParser) -> None:
     made.add_argument("--commit", help="what to call the commit; default: what git says")
     made.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs: times mean nothing")
     made.add_argument("--out", type=Path, help="append JSON lines here")
-    made.add_argument("--go-on", action="store_true", help="leave out what --out has already")
+    made.add_argument("--go-on", action="store_true", help="leave out what --out has of this commit and machine")
 
 
 def boolean(text: str) -> bool:
@@ -72,9 +72,9 @@ def start(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     if options.device != "cpu" and not torch.cuda.is_available():
         made.error(f"--device {options.device}, but torch finds no GPU here")
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
     keep_freed_memory()  # as where a model trains: else every result of a few MB is new pages
     machine(options.device, options.seed, options.commit)  # before there is anything else in memory
+    torch.manual_seed(options.seed)  # after that, which draws: an op has the inputs that it has alone
     return options
 
 
@@ -101,10 +101,10 @@ def run(
 
 
 def each(runs: Iterable[Callable[[], object]]) -> None:
-    """One after the other.
+    """One after the other, whatever becomes of those before.
 
     Raises:
-        ValueError: after all of them, what any of them refused.
+        ValueError: after all of them, what any of them refused, or how it failed.
     """
     failures = []
     for run in runs:
@@ -112,6 +112,9 @@ def each(runs: Iterable[Callable[[], object]]) -> None:
             run()
         except InputError as error:
             failures.append(str(error))
+        except Exception as error:  # a case could not even be made
+            traceback.print_exception(error)
+            failures.append(f"{type(error).__name__}: {error}")
     require(not failures, "\n".join(failures))
 
 
@@ -139,9 +142,9 @@ def is_there(wanted: Record, options: argparse.Namespace) -> bool:
 
     Of this commit, on this device, beside these versions: what another had is measured again.
     """
-    if not options.go_on or options.out is None or not options.out.exists():
-        return False
     here = machine(options.device, options.seed, options.commit)
+    if not options.go_on or options.out is None or not options.out.exists() or here["commit"] == UNKNOWN:
+        return False
 
     def key(line: Record, here: Record) -> list[Any]:
         return [line.get(x) for x in ("suite", "op", "setting")] + [here.get(x) for x in SAME]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ PACKAGES = (
     *("torch", "triton", "transformers", "liger-kernel", "trl", "verl", "openrlhf", "agilerl", "flash-attn"),
     *("accelerate", "datasets", "numpy"),
 )
-GIT = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+GIT = ["git", "describe", "--always", "--exclude", "*"]
+CHANGES = ["git", "diff", "HEAD", "--", ".", ":!bench/results", ":!docs"]  # results do not change what is measured
+UNKNOWN = "unknown"  # commit
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def seconds_per_call(
@@ -71,20 +75,28 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             run()
     except Exception:
+        torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
-        _out_of_capture()
+        _out_of_capture(pool)
         raise
     return graph.replay
 
 
-def _out_of_capture() -> None:
-    """A capture that fails leaves the generator in it, and the next random tensor is refused: it gets a new state."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+def _out_of_capture(pool: Any) -> None:
+    """A capture that cannot be ended leaves the allocator in its pool and the generator in the capture.
+
+    Memory of later calls would be taken from the pool and never given back, and the next random tensor is refused.
+    """
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # of one that could be ended, the allocator has been told
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
     fresh = torch.Generator("cuda").manual_seed(generator.initial_seed())
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
@@ -114,7 +126,7 @@ def matmul_rate(device: str, dtype: torch.dtype, threads: int | None = None) -> 
 @cache
 def _matmul_rate(device: str, dtype: torch.dtype, threads: int) -> float:
     n = 8192 if device != "cpu" else 1536
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a, b = torch.randn(2, n, n, device=device, generator=_own_generator(device)).to(dtype)
     ways: list[Callable[[], object]] = [lambda: a @ b]
     if a.dtype == torch.float32 and runs_native(a, b):
         ways.append(lambda: native.matmul(a, b))
@@ -132,7 +144,7 @@ def yardstick(device: str) -> Callable[[], dict[str, Any]]:
     steady op looks unsteady (docs/benchmarking.md).
     """
     n, times = (256, 60) if device == "cpu" else (4096, 4)
-    a = torch.randn(n, n, device=device)
+    a = torch.randn(n, n, device=device, generator=_own_generator(device))
     out = torch.empty_like(a)
 
     def run() -> dict[str, Any]:
@@ -141,6 +153,11 @@ def yardstick(device: str) -> Callable[[], dict[str, Any]]:
         return {}
 
     return run
+
+
+def _own_generator(device: str) -> torch.Generator:
+    """Measuring the machine takes nothing from the random numbers of what is measured."""
+    return torch.Generator(device).manual_seed(0)
 
 
 def cache_flush(device: str) -> Callable[[], object]:
@@ -221,16 +238,15 @@ def _driver() -> str:
         return runtime
 
 
-def commit_of() -> str:
-    """Of the repository that holds this file; an installed copy has its version alone."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent.parent / "pyproject.toml").exists():
-        return "unknown"
+def commit_of(root: Path = ROOT) -> str:
+    """Of the repository at `root`, this one, with a name for the changes to it; an installed copy has none."""
+    if not (root / "pyproject.toml").exists():
+        return UNKNOWN
     try:
-        done = subprocess.run(GIT, cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        commit, changes = (subprocess.run(x, cwd=root, capture_output=True, check=True).stdout for x in (GIT, CHANGES))
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+    return commit.decode().strip() + (f"-dirty-{hashlib.sha256(changes).hexdigest()[:7]}" if changes else "")
 
 
 def _cpu() -> str:

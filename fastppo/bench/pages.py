@@ -24,7 +24,8 @@ Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again a
   median over rounds of the ratio. Ratios are taken within a run: where the time that one is over was measured again
   later, a note says about what it was then.
 - of floor: the least time that the least bytes or the least operations take at the copy and matmul rates measured on
-  the same machine, over the time. MFU: the share of that matmul rate (for a step, model operations, none counted
+  the same machine, over the time. More than 100 %: on a CPU, what a short call wrote may be in the caches still, and
+  peers that multiply in bfloat16 were held to float32's rate before commit 93a17bd. MFU: the share of that matmul rate (for a step, model operations, none counted
   twice).
 
 [benchmarking.md](benchmarking.md) says how to repeat them.
@@ -159,7 +160,7 @@ def machine_text(lines: Sequence[Record]) -> str:
 
 def drawn(suite: str, lines: Sequence[Record]) -> str | None:
     """The picture of a suite, if it has one."""
-    if suite == "kernels" and any(r.get("least_flops") for r in lines):
+    if suite == "kernels" and any(pictures.has_point(r) for r in lines):
         return pictures.roofline(lines)
     if suite == "step" and any("median_ms" in r for r in lines):
         return pictures.phase_bars(lines, PHASES)

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> list[Record]:
         chosen = list(group)
         why = cannot(chosen[0], options.device)
         try:
-            lines = skipped(chosen, why) if why else measure(chosen, options)
+            lines = skipped(chosen, why) if why else measure(chosen, options, failures)
         except torch.OutOfMemoryError as error:
             lines = skipped(chosen, f"out of memory: {str(error).splitlines()[0]}")
         except Exception as error:  # the shapes after it are measured
@@ -154,15 +154,20 @@ def timed_inside(engine: PPOEngine, clock: Clock) -> None:
     clock.around(engine, "_values", lambda *_: "values")
 
 
-def measure(chosen: list[Setting], options: argparse.Namespace) -> list[Record]:
+def measure(chosen: list[Setting], options: argparse.Namespace, failures: list[str]) -> list[Record]:
     """Records of settings that share a model: a checked iteration each, then rounds of all of them in turn.
 
-    Raises:
-        ValueError: an iteration did not do what it should; nothing was timed.
+    A setting whose iteration did not do what it should is not timed and added to `failures`.
     """
     engine, rewards, sizes = build(chosen[0], options.device, options.seed)
     batches = {setting: batch_of(setting, options.seed) for setting in chosen}
-    peaks = {s: checked(engine, rewards, batches[s][0], s, options.device) for s in chosen}
+    peaks: dict[Setting, dict[str, float]] = {}
+    for s in chosen:
+        try:
+            peaks[s] = checked(engine, rewards, batches[s][0], s, options.device)
+        except ValueError as error:
+            failures += arguments.failed([head(s, "iteration")], error, options)
+    chosen = list(peaks)
     times: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in chosen}
     stick, ticks = yardstick(options.device), []
     stick()

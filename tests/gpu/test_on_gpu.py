@@ -19,6 +19,7 @@ from fastppo import (
     attention,
     models,
 )
+from fastppo.bench.machine import captured
 from fastppo.bench.ops import OPS
 from fastppo.microbatch import gather
 from fastppo.rollout import EmbeddedEngine, GenerateBatchEngine, graphs
@@ -85,6 +86,18 @@ def test_a_hundred_runs_are_bitwise_equal(dtype):
     first = run()
     for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_a_capture_that_fails_leaves_nothing_behind():
+    stream, x = torch.cuda.current_stream(), torch.ones(4, device=DEVICE)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            captured(lambda: (x + 1).sum().item())
+        assert torch.cuda.current_stream() == stream and torch.rand(4, device=DEVICE).min() >= 0
+    replay = captured(lambda: x.add_(1))
+    before = x.clone()
+    replay()
+    assert torch.equal(x, before + 1)
 
 
 MANY = {  # shapes whose programs fill the GPU several times
