@@ -25,8 +25,8 @@ Made by `fastppo bench report` from the JSON lines in `{folder}`: run it again a
   later, a note says about what it was then.
 - of floor: the least time that the least bytes or the least operations take at the copy and matmul rates measured on
   the same machine, over the time. More than 100 %: on a CPU, what a short call wrote may be in the caches still, and
-  peers that multiply in bfloat16 were held to float32's rate before commit 93a17bd. MFU: the share of that matmul rate (for a step, model operations, none counted
-  twice).
+  peers that multiply in bfloat16 were held to float32's rate before commit 93a17bd. MFU: the share of that matmul rate
+  (for a step, model operations, none counted twice).
 
 [benchmarking.md](benchmarking.md) says how to repeat them.
 """
