@@ -6,8 +6,8 @@
 # --out (bench/results): DEVICE-*.jsonl, and what was printed in suite-DEVICE/. What this commit has done is not run
 # again, neither a part nor a measurement: the same command goes on where the last one stopped. A part that fails or
 # runs out of its seconds does not stop the next; the exit status is 1 if any did, or if there is no compute-sanitizer.
-# PYTHON=... picks an interpreter with fastppo, pytest and hypothesis; --commit says what a copy without git is of. No network is used: --wheels installs
-# what is missing from a folder (the peers are optional; a missing one is a row that says so):
+# PYTHON=... picks an interpreter with fastppo, pytest and hypothesis; --commit says what a copy without git is of. No
+# network is used: --wheels installs what is missing from a folder (a peer that is missing is a row that says so):
 #   pip download --no-deps -d wheels hypothesis sortedcontainers tyro docstring-parser typeguard liger-kernel==0.8.5 trl==1.16.0
 # --rehearse: the same parts on a CPU at tiny sizes, to see that they run; without the time budgets, which are a GPU's.
 set -uo pipefail

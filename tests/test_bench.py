@@ -16,7 +16,20 @@ import pytest
 import torch
 
 from fastppo import models
-from fastppo.bench import arguments, compare, end_to_end, harness, lengths, pages, pictures, records, shapes, step, work
+from fastppo.bench import (
+    arguments,
+    command,
+    compare,
+    end_to_end,
+    harness,
+    lengths,
+    pages,
+    pictures,
+    records,
+    shapes,
+    step,
+    work,
+)
 from fastppo.bench.clock import Clock
 from fastppo.bench.command import bench
 from fastppo.bench.machine import UNKNOWN, commit_of, cpu_name, machine, seconds_per_call
@@ -258,8 +271,8 @@ def test_what_was_measured_is_no_change_of_the_code(tmp_path: Path):
     code.touch()
     result.touch()
     who = ["-c", "user.name=x", "-c", "user.email=x"]
-    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
     clean = commit_of(tmp_path)
     result.write_text("more")
     assert commit_of(tmp_path) == clean and "dirty" not in clean
@@ -300,10 +313,14 @@ def test_a_variant_of_another_precision_is_held_to_its_own_floor():
     assert made.work(half).dtype == torch.bfloat16 != made.work(harness.Variant(run=lambda: {})).dtype
 
 
-def test_all_suites_take_only_what_each_of_them_has(capsys):
+def test_all_suites_take_only_what_each_of_them_has(monkeypatch: pytest.MonkeyPatch, capsys):
+    ran: list[list[str]] = []
+    monkeypatch.setattr(command, "SUITES", {"kernels": ran.append, "end-to-end": ran.append})
     with pytest.raises(SystemExit) as ended:
         main(["bench", "all", "--repeats", "3"])
     assert ended.value.code == 2 and "unrecognized arguments: --repeats 3" in capsys.readouterr().err
+    assert ran == []
+    assert bench(["all", "--quick"]) == 0 and ran == [["--quick"], ["--quick", "--device", "cpu"]]
 
 
 def test_what_was_compared_with_nothing_has_no_error(tmp_path: Path):
